@@ -1,0 +1,86 @@
+"""Gradient surgery for unlearning: two gradients in, one update out. Needs torch alone; copy it into your project.
+
+Forgetting and keeping pull the same weights. Where the two gradients point against each other (negative inner
+product), the part of the forget gradient that would undo the kept knowledge is cut away:
+
+    lambda_projection    DoCo, Eq. 10 (Wu et al., AAAI 2025): step along the projected forget gradient alone
+    forget_only          prompt-free instance unlearning, Eq. 12-13 (arXiv 2603.10445): project it, add the retain gradient
+
+Three lines against a plain training loop:
+
+      optimizer.zero_grad()
+    - (loss_f + loss_r).backward()
+    + g_r = flat_grad(loss_r, params)                      # first the pass to keep: its graph is freed here
+    + g_f = flat_grad(loss_f, params)                      # then the pass to forget
+    + write_grad(params, lambda_projection(g_f, g_r)[0])
+      optimizer.step()
+
+Three rules. Pass only weights that are trained: one that a loss does not reach gets a zero gradient, and AdamW
+still decays it. Clip after surgery, never before: projection is blind to the scale of g_r, clipping is not. Do not
+wrap the model in DistributedDataParallel: flat_grad averages over ranks itself, and before the projection, because
+projecting is not linear and the average of projections is not the projection of the average.
+"""
+
+import torch
+import torch.distributed as dist
+
+
+def flat_grad(loss, params, retain_graph=False):
+    """Gradient of a scalar loss as one flat fp32 vector (n,), averaged over all ranks of torch.distributed.
+
+    torch.autograd.grad leaves every .grad alone, so a forget loss may run through a discriminator (or any other
+    network) without leaving anything on it. Raises ValueError if params is empty or the loss reaches none of them.
+    """
+    params = list(params)
+    if not params:
+        raise ValueError("flat_grad: params is empty; which weights should be trained?")
+    grads = torch.autograd.grad(loss, params, retain_graph=retain_graph, allow_unused=True)
+    if all(g is None for g in grads):
+        raise ValueError("flat_grad: the loss reaches none of params; look for a detach() or a no_grad() on the way")
+    grads = [torch.zeros_like(p) if g is None else g for p, g in zip(params, grads, strict=True)]
+    flat = torch.cat([g.reshape(-1).float() for g in grads])  # (n,)
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(flat)  # a sum, then a division: gloo, the CPU backend, has no average
+        flat /= dist.get_world_size()
+    return flat
+
+
+def _project(g_f, g_r, lam):
+    """g_f minus lam times its part along g_r, where the two conflict: (n,), (n,) -> (n,) and 0-dim statistics."""
+    dot, norm_f, norm_r = g_f @ g_r, g_f.norm(), g_r.norm()
+    tiny = torch.finfo(g_f.dtype).tiny  # a floor, not an epsilon: 1e-8 beside |g_r|^2 = 1e-10 would bias the result
+    # The case distinction of Eq. 10 as a clamp: no branch, so a GPU is never waited for.
+    coefficient = lam * dot.clamp(max=0) / norm_r.square().clamp_min(tiny)  # 0-dim, <= 0
+    stats = {"cos": dot / (norm_f * norm_r).clamp_min(tiny), "norm_f": norm_f, "norm_r": norm_r, "conflict": (dot < 0).float()}
+    return g_f - coefficient * g_r, stats
+
+
+def lambda_projection(g_f, g_r, lam=1.0):
+    """DoCo, Eq. 10: G = G_u if G_u . G_r >= 0, else G_u - lam (G_u . G_r) / |G_r|^2 G_r, over the whole vector.
+
+    g_f (their G_u) and g_r (their G_r) are flat vectors (n,). Returns G (n,) and a dict of 0-dim tensors: cos and conflict
+    (1 where the inner product is negative) before the surgery, norm_f and norm_r. lam = 0 changes nothing; lam = 1 makes
+    conflicting gradients orthogonal. G_r itself is never added: keeping acts through the projection alone.
+    """
+    # Eq. 10
+    return _project(g_f, g_r, lam)
+
+
+def forget_only(g_f, g_r):
+    """Prompt-free instance unlearning, Eq. 13 and Algorithm 1: g = g_r + g_f', g_f' = g_f off g_r where they conflict.
+
+    g_f and g_r are flat vectors (n,), already weighted by the timestep (Eq. 12). Returns g (n,) and the statistics of
+    lambda_projection. g_r enters whole: PCGrad, which projects both gradients, loses quality there (their Table IV).
+    """
+    # Eq. 13
+    g_f, stats = _project(g_f, g_r, 1.0)
+    return g_r + g_f, stats
+
+
+def write_grad(params, flat):
+    """Puts a flat vector (n,) into .grad of the parameters, as views where the types agree; then call optimizer.step()."""
+    params = list(params)
+    if (n := sum(p.numel() for p in params)) != flat.numel():
+        raise ValueError(f"write_grad: params hold {n} numbers, the flat vector {flat.numel()}")
+    for p, g in zip(params, flat.split([p.numel() for p in params]), strict=True):
+        p.grad = g.view_as(p).to(p.dtype)
