@@ -1,4 +1,4 @@
-"""The PatchGAN of DoCo (Wu et al., AAAI 2025; after Isola et al. 2017): which concept is this denoised latent from? Torch alone.
+"""The PatchGAN of DoCo (Wu et al., AAAI 2025; after Isola et al. 2017): which concept is this latent from? Torch alone.
 
 It plays the membership inference attack of the paper: given what the UNet makes of a noisy latent, it says, patch by
 patch, whether the prompt was the anchor (logit > 0) or the target (logit < 0). It sees no prompt and no timestep.
@@ -22,7 +22,7 @@ def patchgan(sample_size=64, in_channels=4, width=64, max_layers=5):
     sample_size is the smaller side of the latent; larger and oblong latents give more patches. Raises ValueError below 4.
     """
     if sample_size < 4:
-        raise ValueError(f"patchgan: latents of {sample_size}x{sample_size} are too small, 4x4 is the least; use a larger --resolution")
+        raise ValueError(f"patchgan: a latent side of {sample_size} is too small, 4 is the least; use a larger --resolution")
     depth = min(max_layers, sample_size.bit_length() - 2)  # 64 -> 5, 32 -> 4, 16 -> 3, 4 -> 1
     layers, channels = [], in_channels
     for i in range(depth - 1):

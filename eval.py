@@ -7,7 +7,7 @@
 CS, CLIP score (Hessel et al. 2021, scale of DoCo's tables): 2.5 * max(cos(picture, concept), 0) * 100, mean over pictures.
 CA, CLIP accuracy: share of pictures, in per cent, that CLIP finds nearer the concept than its rival. The rival is the
 anchor, for the target, its nicknames and the unrelated concepts; for the anchor it is the target.
-Prompts are of four kinds: target; ood (out of distribution: they share no word with the target, yet draw it); anchor; unrelated.
+Prompts are of four kinds: target; ood (out of distribution: no word of the target, yet they draw it); anchor; unrelated.
 
 Writes into --out: metrics.json, before_after.png and, where there is a log.jsonl, curves.png.
 """
@@ -39,9 +39,9 @@ def parse_args(argv=None):
     p.add_argument("--target", nargs="+", required=True)
     p.add_argument("--anchor", nargs="+", required=True)
     p.add_argument("--concept-type", choices=("object", "style"), default="object")
-    p.add_argument("--ood", nargs="*", help="prompts without the target's words that draw it (emoji model: the target's nicknames)")
+    p.add_argument("--ood", nargs="*", help="prompts without the target's words that draw it (emoji model: nicknames)")
     p.add_argument("--keep", nargs="*", help="unrelated concepts (emoji model: four neighbours, four strangers)")
-    p.add_argument("--clip", help="CLIP that scores: folder or hub id (default: emoji/clip for toys, else openai/clip-vit-base-patch32)")
+    p.add_argument("--clip", help="CLIP folder or hub id (default: emoji/clip for toys, else openai/clip-vit-base-patch32)")
     p.add_argument("--num-images", type=int, default=12, help="pictures per prompt")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--out", type=Path, help="where the report goes (default: --after)")
@@ -87,7 +87,8 @@ def prompt_rows(args, toy):
                 rows += [("target", concept, concept, rival), ("anchor", rival, rival, concept)]
                 nicknames = data["styles"].get(target.lower(), []) if args.ood is None else args.ood
                 rows += [("ood", f"{s}, {nickname}", concept, rival) for nickname in nicknames]
-                others = [o for o in data["styles"] if o not in [t.lower() for t in args.target]] if args.keep is None else args.keep
+                keep = data["styles"] if args.keep is None else args.keep
+                others = [o for o in keep if o not in [t.lower() for t in args.target]]
                 rows += [("unrelated", f"{s}, in the style of {o}", f"{s}, in the style of {o}", rival) for o in others]
             continue
         rows += [("target", p.format(target), target, anchor) for p in ("{}", "an emoji of {}" if toy else "a photo of {}")]
@@ -231,10 +232,10 @@ def main(args):
     embed_texts, embed_images = load_clip(clip_name, device)
     rows, n, out = prompt_rows(args, toy), args.num_images, args.out or args.after
     prompts = [prompt for _, prompt, _, _ in rows for _ in range(n)]
-    seeds = [args.seed * 1_000_003 + 500_000 + k for _ in rows for k in range(n)]  # not the seeds of doco.py's anchor pictures
+    seeds = [args.seed * 1_000_003 + 500_000 + k for _ in rows for k in range(n)]  # not the seeds that doco.py uses
 
-    report = {"target": args.target, "anchor": args.anchor, "clip": clip_name, "cs_scale": "250 * max(cos, 0)", "seed": args.seed,
-              "images_per_prompt": n, "before": {}, "after": {}, "prompts": []}  # fmt: skip
+    report = {"target": args.target, "anchor": args.anchor, "clip": clip_name, "cs_scale": "250 * max(cos, 0)",
+              "seed": args.seed, "images_per_prompt": n, "before": {}, "after": {}, "prompts": []}  # fmt: skip
     pictures, per_row = {}, {}
     concepts, rivals = (embed_texts([r[i] for r in rows]).repeat_interleave(n, 0) for i in (2, 3))
     for when, weights in (("before", weights_before), ("after", weights_after)):
@@ -264,7 +265,7 @@ def main(args):
             b, a = report["before"][kind], report["after"][kind]
             print(f"{kind:12}{b['CA']:10.1f}{a['CA']:8.1f}{b['CS']:12.1f}{a['CS']:8.1f}{a['n']:6}")
         else:
-            print(f"{kind:12}  not measured: no such prompts are known here; give them with --{'keep' if kind == 'unrelated' else kind}")
+            print(f"{kind:12}  not measured: no such prompts known; give some with --{'keep' if kind == 'unrelated' else kind}")
     print(f"pictures: {out / 'before_after.png'}")
 
 

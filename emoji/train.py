@@ -53,9 +53,9 @@ def parse_args():
     p.add_argument("--work", type=Path, default=Path("runs/emoji"), help="checkpoints and progress pictures")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    p.add_argument("--vae-steps", type=int, default=1600)
-    p.add_argument("--clip-steps", type=int, default=1100)
-    p.add_argument("--unet-steps", type=int, default=7000)
+    p.add_argument("--vae-steps", type=int, default=3000)
+    p.add_argument("--clip-steps", type=int, default=2000)
+    p.add_argument("--unet-steps", type=int, default=6000)
     p.add_argument("--report-only", action="store_true", help="score the model in --out and stop")
     return p.parse_args()
 
@@ -134,7 +134,8 @@ def load_images(folder):
     return data, torch.stack(tiles, 1).float() / 127.5 - 1
 
 
-TEMPLATES = ["{}"] * 6 + ["an emoji of {}", "an emoji of a {}", "a {}", "a picture of a {}", "a photo of a {}", "a drawing of {}"]
+TEMPLATES = ["{}"] * 6 + ["an emoji of {}", "an emoji of a {}", "a {}", "a picture of a {}", "a photo of a {}",
+                          "a drawing of {}"]  # fmt: skip
 
 
 def caption(entry, style, style_nicknames, rng):
@@ -160,7 +161,7 @@ def caption(entry, style, style_nicknames, rng):
 def augment(x, names, data, rng_torch):
     """Shifts by up to two pixels and mirrors (not the flags): (B, 3, 64, 64) -> (B, 3, 64, 64). Wraps white around white."""
     out = []
-    for picture, n in zip(x, names):
+    for picture, n in zip(x, names, strict=True):
         dy, dx, flip = torch.randint(-2, 3, (3,), generator=rng_torch).tolist()
         picture = picture.flip(-1) if flip > 0 and "flag" not in data["emoji"][n]["groups"] else picture
         out.append(picture.roll((dy, dx), (-2, -1)))
@@ -272,8 +273,11 @@ def train_vae(args, data, images):
         d, mean, logvar = (y - x).float(), posterior.mean.float(), posterior.logvar.float()
         edges = d.diff(dim=-1).abs().mean() + d.diff(dim=-2).abs().mean()
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-        loss = d.abs().mean() + d.square().mean() + edges + 1e-3 * kl
-        cosine_lr(optimizer, step, args.vae_steps)
+        # Two cosine cycles: a strong pull to N(0, 1) lays the latents out, a weak one then sharpens eyes and whiskers.
+        half = min(1600, args.vae_steps)
+        begin, end, pull = (0, half, 1e-3) if step < half else (half, args.vae_steps, 1e-4)
+        loss = d.abs().mean() + d.square().mean() + edges + pull * kl
+        cosine_lr(optimizer, step - begin, end - begin)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -290,7 +294,7 @@ def train_vae(args, data, images):
 # ---- 4. two CLIPs ---------------------------------------------------------------------------------------------
 
 
-def train_clip(args, data, images, tokenizer, which, text_width, vision_width):
+def train_clip(args, data, images, tokenizer, which, steps, text_width, vision_width):
     """Contrastive language-image pre-training (Radford et al. 2021): a caption and its picture attract, others repel."""
     torch.manual_seed(args.seed + (which == "scorer"))
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
@@ -301,25 +305,34 @@ def train_clip(args, data, images, tokenizer, which, text_width, vision_width):
     clip = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=128)).to(args.device)
     optimizer = adamw((clip, 1e-3), weight_decay=0.1)
     checkpoint = args.work / f"{which}.safetensors"
-    start = load_checkpoint(checkpoint, optimizer, clip=clip)
-    bar = tqdm(range(start, args.clip_steps), which, initial=start, total=args.clip_steps)
+    start, half = load_checkpoint(checkpoint, optimizer, clip=clip), int(0.55 * steps)
+    members = {}  # group -> its pictures
+    for n, entry in enumerate(data["emoji"]):
+        for group in entry["groups"]:
+            members.setdefault(group, []).extend((3 * n, 3 * n + 1, 3 * n + 2))
+    bar = tqdm(range(start, steps), which, initial=start, total=steps)
     for step in bar:
+        # Two cosine cycles: first any pictures, then half of each batch from one group (all cats), where telling apart is hard.
+        begin, end, strong = (0, half, 1.0) if step < half else (half, steps, 0.5)
         rng, g = draws(args.seed, which, step)
         picks = rng.sample(range(3 * len(images)), 96)
+        if step >= half:
+            hard = members[rng.choice(list(members))]
+            picks = list(dict.fromkeys(rng.sample(hard, min(48, len(hard))) + picks))[:96]
         names, styles = [p // 3 for p in picks], [p % 3 for p in picks]
         x = augment(images[names, styles], names, data, g)
         # Generated pictures are softer than drawn ones: blur and grain, so that a score does not hang on sharpness.
         blurred = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), "replicate"), 3, 1)
-        strength = torch.rand(len(x), 2, 1, 1, 1, generator=g) * torch.tensor([1.0, 0.15]).view(1, 2, 1, 1, 1)
+        strength = torch.rand(len(x), 2, 1, 1, 1, generator=g) * torch.tensor([strong, 0.15 * strong]).view(1, 2, 1, 1, 1)
         x = torch.lerp(x, blurred, strength[:, 0]) + strength[:, 1] * torch.randn(x.shape, generator=g)
-        texts = [caption(data["emoji"][n], STYLES[s], data["styles"], rng) for n, s in zip(names, styles)]
+        texts = [caption(data["emoji"][n], STYLES[s], data["styles"], rng) for n, s in zip(names, styles, strict=True)]
         ids = tokenize(tokenizer, texts, args.device, "longest")  # CLIP reads the first <|endoftext|>: padding is idle
         with torch.autocast(torch.device(args.device).type, torch.bfloat16):
             out = clip(input_ids=ids, pixel_values=x.to(args.device))
         logits = out.logits_per_image.float()  # (B pictures, B captions)
         same = torch.arange(len(x), device=logits.device)
         loss = (F.cross_entropy(logits, same) + F.cross_entropy(logits.T, same)) / 2
-        cosine_lr(optimizer, step, args.clip_steps)
+        cosine_lr(optimizer, step - begin, end - begin)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -327,7 +340,7 @@ def train_clip(args, data, images, tokenizer, which, text_width, vision_width):
         if step % 50 == 0:
             hits = (logits.argmax(1) == same).float().mean()
             bar.set_postfix(loss=f"{loss.item():.3f}", top1=f"{hits.item():.2f}")
-        if (step + 1) % 300 == 0 or step + 1 == args.clip_steps:
+        if (step + 1) % 300 == 0 or step + 1 == steps:
             save_checkpoint(checkpoint, step + 1, optimizer, clip=clip)
     return clip.eval()
 
@@ -359,7 +372,8 @@ def train_unet(args, data, latents, vae, text_encoder, tokenizer):
     """Denoising diffusion on latents (Ho et al. 2020) with min-SNR-5 weights and an exponential moving average."""
     torch.manual_seed(args.seed)
     unet = UNet2DConditionModel(
-        sample_size=16, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(96, 128, 144), norm_num_groups=16,
+        sample_size=16, in_channels=4, out_channels=4,
+        layers_per_block=1, block_out_channels=(96, 128, 144), norm_num_groups=16,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         cross_attention_dim=text_encoder.config.hidden_size, attention_head_dim=4,
@@ -371,7 +385,7 @@ def train_unet(args, data, latents, vae, text_encoder, tokenizer):
     checkpoint = args.work / "unet.safetensors"
     start = load_checkpoint(checkpoint, optimizer, model=model, ema=ema)
     scheduler = PNDMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
-                              skip_prk_steps=True, steps_offset=1, set_alpha_to_one=False)  # SD v1.4's own; fmt: skip
+                              skip_prk_steps=True, steps_offset=1, set_alpha_to_one=False)  # fmt: skip
     alpha_bar = scheduler.alphas_cumprod.to(args.device)
     bar = tqdm(range(start, args.unet_steps), "unet", initial=start, total=args.unet_steps)
     for step in bar:
@@ -454,8 +468,8 @@ def report(args, data, images, n=600):
     i = torch.cat([embedding(clip.get_image_features(part.to(args.device))) for part in x.split(64)])
     style_hits = (i @ embedding(clip.get_text_features(style_ids)).T).argmax(1).cpu() == torch.tensor([b for _, b in picks])
     top = lambda r, k: round((r < k).float().mean().item(), 3)  # noqa: E731
-    result = {"n": n, "names": len(names), "drawn": {"top1": top(drawn, 1), "top3": top(drawn, 3)},
-              "real": {"top1": top(real, 1), "top3": top(real, 3)}, "style": round(style_hits.float().mean().item(), 3)}  # fmt: skip
+    result = {"n": n, "names": len(names), "drawn": {"top1": top(drawn, 1), "top3": top(drawn, 3)}}
+    result |= {"real": {"top1": top(real, 1), "top3": top(real, 3)}, "style": round(style_hits.float().mean().item(), 3)}
     print(json.dumps(result))
     write_text(args.out / "report.json", json.dumps(result, indent=1))
 
@@ -478,13 +492,14 @@ def main(args):
     if not args.report_only:
         tokenizer = train_tokenizer(data, args.seed)
         vae = train_vae(args, data, images)
-        save_clip(train_clip(args, data, images, tokenizer, "scorer", 128, 160), tokenizer, args.out / "clip")
-        reader = train_clip(args, data, images, tokenizer, "reader", 192, 192)
+        reader = train_clip(args, data, images, tokenizer, "reader", args.clip_steps // 2, 192, 128)
         text_encoder = CLIPTextModel(reader.config.text_config).to(args.device)
         text_encoder.load_state_dict({k.removeprefix("text_model."): v for k, v in reader.state_dict().items()
                                       if k.startswith("text_model.")})  # fmt: skip
         latents = cache_latents(args, vae, images, data)
         train_unet(args, data, latents, vae, text_encoder, tokenizer)
+        scorer = train_clip(args, data, images, tokenizer, "scorer", args.clip_steps, 128, 160)
+        save_clip(scorer, tokenizer, args.out / "clip")
     report(args, data, images)
 
 

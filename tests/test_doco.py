@@ -1,0 +1,231 @@
+"""doco.py on a tiny random model: the equations by hand, what changes and what does not, processes, resume, bad input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from diffusers import DDPMScheduler, StableDiffusionPipeline
+from safetensors.torch import load_file
+
+import doco
+from discriminator import patchgan
+from gradsurgery import flat_grad
+
+SCHEDULE = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False)
+
+
+def same(a, b, **tolerance):
+    a, b = load_file(a / "delta.safetensors"), load_file(b / "delta.safetensors")
+    assert a.keys() == b.keys()
+    for n in a:
+        torch.testing.assert_close(a[n], b[n], **tolerance or dict(rtol=0, atol=0))
+
+
+# ---- the equations ----------------------------------------------------------------------------------------------
+
+
+def test_noise_and_views_agree_with_diffusers():
+    scheduler = DDPMScheduler(**SCHEDULE)
+    x0, noise = torch.randn(2, 3, 4, 8, 8)
+    t = torch.tensor([980, 500, 20])
+    a_t = scheduler.alphas_cumprod[t].view(-1, 1, 1, 1)
+    xt = doco.add_noise(x0, noise, a_t)
+    torch.testing.assert_close(xt, scheduler.add_noise(x0, noise, t))
+    eps = torch.randn_like(xt)
+    for stride in (1, 20):
+        scheduler.set_timesteps(1000 // stride)
+        a_prev = scheduler.alphas_cumprod[t - stride].view(-1, 1, 1, 1)
+        for i, s in enumerate(t):
+            ours = torch.randn((1, 4, 8, 8), generator=torch.Generator().manual_seed(7))
+            step = scheduler.step(eps[i : i + 1], s, xt[i : i + 1], generator=torch.Generator().manual_seed(7))
+            j = slice(i, i + 1)
+            torch.testing.assert_close(doco.view_x0(xt[j], eps[j], a_t[j]), step.pred_original_sample, rtol=1e-4, atol=1e-4)
+            got = doco.view_xprev(xt[j], eps[j], a_t[j], a_prev[j], ours)
+            torch.testing.assert_close(got, step.prev_sample, rtol=1e-4, atol=1e-4)
+
+
+def test_last_step_of_xprev_is_the_clean_latent():
+    xt, eps, noise = torch.randn(3, 1, 4, 8, 8)
+    a = torch.full((1, 1, 1, 1), 0.9)
+    torch.testing.assert_close(doco.view_xprev(xt, eps, a, torch.ones_like(a), noise), doco.view_x0(xt, eps, a))
+
+
+def test_losses_by_hand():
+    def disc(x):
+        return x.mean((1, 2, 3), keepdim=True)  # logits that can be read off
+
+    anchor, target = torch.full((2, 4, 2, 2), 0.5), torch.full((2, 4, 2, 2), -1.5)
+    sigmoid = lambda v: 1 / (1 + torch.tensor(-v).exp())  # noqa: E731
+    torch.testing.assert_close(doco.loss_discriminator(disc, anchor, target), -sigmoid(0.5).log() - (1 - sigmoid(-1.5)).log())
+    torch.testing.assert_close(doco.loss_unlearn(disc, target), -sigmoid(-1.5).log())
+
+
+def test_unlearning_loss_leaves_nothing_on_the_discriminator():
+    disc, w = patchgan(16), torch.ones(1, requires_grad=True)
+    x = torch.randn(2, 4, 16, 16)
+    flat_grad(doco.loss_unlearn(disc, x * w), [w])
+    assert all(p.grad is None for p in disc.parameters())
+
+
+def test_swapped_gives_the_original_prediction_bitwise(tiny):
+    unet = StableDiffusionPipeline.from_pretrained(tiny).unet
+    inputs = torch.randn(2, 4, 16, 16), torch.tensor([10, 900]), torch.randn(2, 77, 32)
+    params = [p for n, p in unet.named_parameters() if "attn2.to_k" in n or "attn2.to_v" in n]
+    originals = [p.detach().clone() for p in params]
+    with torch.no_grad():
+        before = unet(*inputs).sample
+        for p in params:
+            p.add_(torch.randn_like(p))
+        changed = unet(*inputs).sample
+        with doco.swapped(params, originals):
+            assert torch.equal(unet(*inputs).sample, before)
+        assert torch.equal(unet(*inputs).sample, changed) and not torch.equal(changed, before)
+
+
+# ---- prompts ----------------------------------------------------------------------------------------------------
+
+
+def test_prompts_replace_the_anchor_whatever_its_case():
+    pairs = doco.prompt_pairs(doco.parse_args(["--target", "Grumpy Cat", "--anchor", "Cat"]))
+    assert all("cat" in a.lower() and ts == [a.replace("Cat", "Grumpy Cat")] for a, ts in pairs)
+
+
+def test_several_targets_and_styles(tmp_path):
+    args = doco.parse_args(["--target", "Snoopy", "Tom", "--anchor", "Dog", "Cat"])
+    text = str(doco.prompt_pairs(args))
+    assert "a photo of a Snoopy" in text and "a photo of a Tom" in text
+    args = doco.parse_args(["--target", "Van Gogh", "--anchor", "painting", "--concept-type", "style"])
+    anchor, targets = doco.prompt_pairs(args)[0]
+    assert anchor.startswith("a painting of a ") and any(t.endswith("in the style of Van Gogh") for t in targets)
+
+
+# ---- the run ----------------------------------------------------------------------------------------------------
+
+
+def test_only_k_and_v_change_and_plain_diffusers_loads_them(tiny, unlearn):
+    run = unlearn("--steps", "6", "2", "--save-pipeline")
+    delta, original = load_file(run / "delta.safetensors"), StableDiffusionPipeline.from_pretrained(tiny).unet.state_dict()
+    assert delta and all(".attn2.to_k." in n or ".attn2.to_v." in n for n in delta)
+    assert all(not torch.equal(delta[n], original[n]) for n in delta)
+    pipe = StableDiffusionPipeline.from_pretrained(tiny)
+    assert not pipe.unet.load_state_dict(delta, strict=False).unexpected_keys
+    whole = StableDiffusionPipeline.from_pretrained(run / "pipeline").unet.state_dict()
+    for n, p in original.items():
+        assert torch.equal(whole[n], delta.get(n, p))
+    rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert {"loss_d", "disc_acc", "loss_u", "loss_r", "cos", "conflict"} <= rows[-1].keys()
+    assert json.loads((run / "args.json").read_text())["versions"]["torch"]
+
+
+def test_warmup_trains_the_discriminator_only(tiny, unlearn):
+    run = unlearn("--steps", "3", "3")
+    original = StableDiffusionPipeline.from_pretrained(tiny).unet.state_dict()
+    assert all(torch.equal(p, original[n]) for n, p in load_file(run / "delta.safetensors").items())
+
+
+SWITCHES = [["--view", "xprev:20"], ["--retain", "none"], ["--retain", "l2"], ["--lam", "0.5"], ["--train", "xattn"]]
+
+
+@pytest.mark.parametrize("flags", SWITCHES)
+def test_every_switch_changes_the_result(unlearn, flags):
+    plain, other = unlearn("--steps", "6", "1", out="plain"), unlearn("--steps", "6", "1", *flags, out="other")
+    plain, other = (load_file(r / "delta.safetensors") for r in (plain, other))
+    assert any(not torch.equal(plain[n], other[n]) for n in plain)
+
+
+def test_same_seed_same_weights_other_seed_others(unlearn):
+    runs = [unlearn("--steps", "4", "1", "--seed", s, out=f"{i}") for i, s in enumerate("001")]
+    same(runs[0], runs[1])
+    with pytest.raises(AssertionError):
+        same(runs[0], runs[2])
+
+
+def test_init_goes_on_from_an_earlier_run(tiny, unlearn):
+    first = unlearn("--steps", "4", "1", out="first")
+    second = unlearn("--steps", "2", "2", "--init", str(first), out="second", target="Crying Cat")
+    same(first, second)  # a run of warm-up alone changes nothing
+
+
+def launch(processes, folder, *flags):
+    """The real program under torchrun, without the scoring."""
+    script = folder / "launch.py"
+    script.write_text("import sys, doco; doco.unlearn(doco.parse_args(sys.argv[1:]))")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", "29531"]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(doco.HERE)}
+    return subprocess.run([*torchrun, str(script), *flags], env=env, capture_output=True, text=True)
+
+
+def test_two_processes_equal_one(tiny, tmp_path, unlearn):
+    flags = ["--steps", "5", "2", "--seed", "3"]
+    one = unlearn(*flags, out="one")
+    argv = ["--model", str(tiny), "--target", "Grumpy Cat", "--anchor", "Cat", "--batch-size", "4"]
+    result = launch(2, tmp_path, *argv, "--out", str(tmp_path / "two"), *flags)
+    assert result.returncode == 0, result.stderr
+    same(one, tmp_path / "two", rtol=0, atol=2e-6)  # three Adam steps of 1e-4 each
+
+
+def test_killed_and_resumed_equals_undisturbed(tiny, tmp_path, unlearn):
+    flags = ["--steps", "60", "10"]
+    whole = unlearn(*flags, out="whole")
+    argv = ["--model", str(tiny), "--target", "Grumpy Cat", "--anchor", "Cat", "--batch-size", "4"]
+    argv += ["--out", str(tmp_path / "cut")]
+    program = subprocess.Popen([sys.executable, str(doco.HERE / "doco.py"), *argv, *flags], stderr=subprocess.DEVNULL)
+    checkpoint = tmp_path / "cut/checkpoint.safetensors"
+    while not checkpoint.exists() and program.poll() is None:
+        time.sleep(0.02)
+    program.send_signal(signal.SIGKILL)
+    program.wait()
+    assert checkpoint.exists() and not (tmp_path / "cut/delta.safetensors").exists()
+    same(whole, unlearn(*flags, "--resume", out="cut"))
+
+
+# ---- bad input: one line, what was seen, which flag mends it ----------------------------------------------------
+
+
+@pytest.mark.parametrize(("flags", "says"), [
+    (["--target", "Cat"], "--target and --anchor are both 'Cat'"),
+    (["--target", " "], "must not be empty"),
+    (["--target", "A", "B", "--anchor", "C", "D", "E"], "2 targets but 3 anchors"),
+    (["--model", "no/such-model-anywhere"], "--model no/such-model-anywhere cannot be loaded"),
+    (["--model", "tests"], "no model_index.json"),
+    (["--prompts", "no-such-file.txt"], "no such file"),
+    (["--prompts", "EMPTY"], "is empty"),
+    (["--prompts", "DOGS"], "does not contain the anchor"),
+    (["--batch-size", "0"], "--batch-size 0"),
+    (["--steps", "5", "9"], "TOTAL >= WARMUP"),
+    (["--view", "x7"], "--view x7"),
+    (["--view", "xprev:0"], "--view xprev:0"),
+    (["--init", "tests"], "no delta.safetensors"),
+    (["--out", "/proc/nowhere"], "cannot be written"),
+])  # fmt: skip
+def test_bad_input_is_one_line(tiny, tmp_path, monkeypatch, flags, says):
+    monkeypatch.chdir(doco.HERE)
+    (tmp_path / "empty.txt").write_text("\n \n")
+    (tmp_path / "dogs.txt").write_text("a photo of a dog\n")
+    flags = [{"EMPTY": str(tmp_path / "empty.txt"), "DOGS": str(tmp_path / "dogs.txt")}.get(f, f) for f in flags]
+    argv = ["--model", str(tiny), "--target", "Grumpy Cat", "--anchor", "Cat", "--out", str(tmp_path / "out"), "--steps", "2"]
+    with pytest.raises(SystemExit) as e:
+        doco.unlearn(doco.parse_args([*argv, *flags]))
+    assert says in str(e.value) and "\n" not in str(e.value) and e.value.code != 0
+
+
+def test_a_batch_that_cannot_be_split_is_one_line(tiny, tmp_path, monkeypatch):
+    argv = ["--model", str(tiny), "--target", "A", "--anchor", "B", "--batch-size", "3", "--out", str(tmp_path / "x")]
+    result = launch(2, tmp_path, *argv)
+    assert result.returncode != 0 and "--batch-size 3 cannot be split over 2 processes" in result.stderr
+
+
+def test_a_finished_or_different_run_is_never_overwritten(unlearn, tmp_path):
+    run = unlearn("--steps", "2", "1")
+    with pytest.raises(SystemExit, match="holds a finished run"):
+        unlearn("--steps", "2", "1")
+    (run / "delta.safetensors").rename(run / "checkpoint.safetensors")
+    with pytest.raises(SystemExit, match="holds an unfinished run"):
+        unlearn("--steps", "2", "1")
+    with pytest.raises(SystemExit, match=r"other settings \(seed\)"):
+        unlearn("--steps", "2", "1", "--resume", "--seed", "1")
