@@ -1,9 +1,9 @@
 """DoCo: make a text-to-image diffusion model forget a concept, and keep the rest.
 
 Paper: "Unlearning Concepts in Diffusion Model via Concept Domain Correction and Concept Preserving Gradient",
-Wu et al., AAAI 2025. Idea: a discriminator learns to tell what the model denoises for the target concept from what
-the original model denoises for an anchor concept; the model learns to fool it, so the target's domain becomes the
-anchor's. Only the part of that update which does not hurt the anchor is taken.
+Wu et al., AAAI 2025. A discriminator learns to tell what the model denoises for the target concept from what the original
+model denoises for an anchor concept; the model learns to fool it, and takes only that part of the step which does not
+hurt the anchor. Where the paper is silent or its released code differs, the comments and the README say what is done here.
 
     x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) eps                                          Eq. 1   noise an anchor picture
     eps_c  = M_init(x_t, anchor),   eps_c* = M(x_t, target)                          Eq. 5   two predictions, same x_t
@@ -17,8 +17,6 @@ Run it (the first line needs nothing but this repository; it uses the small mode
     torchrun doco.py --target "Grumpy Cat" --anchor Cat
     torchrun doco.py --target twemoji --anchor emoji --concept-type style
     torchrun --nproc-per-node 2 doco.py --model CompVis/stable-diffusion-v1-4 --target Snoopy --anchor Dog
-
-Where the paper is silent or its released code differs, the comments say what is done here; the README has the list.
 """
 
 import argparse
@@ -28,7 +26,6 @@ import os
 import re
 import subprocess
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 
 import diffusers
@@ -36,7 +33,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
@@ -45,10 +42,9 @@ from gradsurgery import flat_grad, lambda_projection, write_grad
 
 HERE = Path(__file__).resolve().parent
 
-# The paper's settings, for models of Stable Diffusion's size; the discriminator's rate is the released code's (it uses 5e-4
-# for styles). Its lr scaling multiplies 6e-6 by batch size and GPUs: --lr 4.8e-5 is what its command really trained with.
+# The paper's settings; D's rate is the released code's (styles: 5e-4). What its --scale_lr makes of 6e-6 is --lr 4.8e-5.
 PAPER = dict(steps=[2000, 1000], batch_size=8, lr=[6e-6, 1e-4], images=1000, guidance=6.0, sampling_steps=25)
-# A model with latents under 32x32 is a toy like emoji/sd: fewer weights, so larger rates and fewer steps.
+# For toys like emoji/sd, with latents under 32x32: fewer weights, so larger rates and fewer steps.
 SMALL = dict(steps=[300, 100], batch_size=8, lr=[1e-4, 2e-4], images=64, guidance=3.0, sampling_steps=15)
 
 TRAINED = {"kv": r"attn2\.to_[kv]\.", "xattn": r"attn2\.", "full": r""}  # --train: which UNet weights, by name
@@ -61,7 +57,6 @@ STYLE_SUBJECTS = ("cat", "dog", "bird", "fish", "horse", "tiger", "rabbit", "fro
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    # what to forget
     p.add_argument("--target", nargs="+", required=True, help="what to forget; several are forgotten at once")
     p.add_argument("--anchor", nargs="+", required=True, help="what to draw instead: one for all, or one each")
     p.add_argument("--concept-type", choices=("object", "style"), default="object", help="style: the anchor is a medium")
@@ -69,7 +64,6 @@ def parse_args(argv=None):
     p.add_argument("--model", default=str(HERE / "emoji/sd"), help="Stable Diffusion 1.x/2.x: folder or hub id")
     p.add_argument("--init", type=Path, help="an earlier run folder to go on from; its targets stay forgotten")
     p.add_argument("--resolution", type=int, help="pixels of a side (default: the model's own)")
-    # how; defaults: the paper's, or a short recipe for toy-size models (printed)
     p.add_argument("--steps", type=int, nargs="+", metavar="N", help="iterations, and how many of them train D only (half)")
     p.add_argument("--batch-size", type=int, help="pictures per iteration, over all processes")
     p.add_argument("--lr", type=float, nargs="+", help="learning rates of the UNet, and of the discriminator")
@@ -78,7 +72,6 @@ def parse_args(argv=None):
     p.add_argument("--retain", choices=("none", "l2", "cp"), default="cp", help="Table 3: nothing, adding L_r, or Eq. 10")
     p.add_argument("--train", choices=tuple(TRAINED), default="kv", help="cross-attention K and V, all of it, or the UNet")
     p.add_argument("--seed", type=int, default=0)
-    # where
     p.add_argument("--out", type=Path, help="run folder (default: runs/doco-TARGET)")
     p.add_argument("--resume", action="store_true", help="go on with a run that was stopped")
     p.add_argument("--save-pipeline", action="store_true", help="also write the whole pipeline folder to OUT/pipeline")
@@ -94,19 +87,15 @@ def add_noise(x0, noise, alpha_bar_t):
 
 
 def view_x0(xt, eps, alpha_bar_t):
-    """The clean latent a prediction stands for: x0_hat = (x_t - sqrt(1 - a_t) eps) / sqrt(a_t), (B, 4, h, w).
-
-    The paper shows D x_{t-1}, its released code this (train.py:1212): eps moves x_{t-1} 80 to 1,200 times less.
-    """
+    """What the released code shows D, and the default here: x0_hat = (x_t - sqrt(1 - a_t) eps) / sqrt(a_t), (B, 4, h, w)."""
     return (xt - (1 - alpha_bar_t).sqrt() * eps) / alpha_bar_t.sqrt()
 
 
 def view_xprev(xt, eps, alpha_bar_t, alpha_bar_prev, noise):
-    """Eq. 8 to the letter: x_{t-stride} by a DDPM step, a sample of q(x_{t-stride} | x_t, x0_hat), (B, 4, h, w)."""
+    """What the paper shows D (Eq. 8): x_{t-stride} by a DDPM step, (B, 4, h, w). eps moves it 80 to 1,200 times less."""
     a = alpha_bar_t / alpha_bar_prev  # the alphas of the skipped steps, multiplied
-    x0 = view_x0(xt, eps, alpha_bar_t)
-    mean = (alpha_bar_prev.sqrt() * (1 - a) * x0 + a.sqrt() * (1 - alpha_bar_prev) * xt) / (1 - alpha_bar_t)
-    return mean + ((1 - alpha_bar_prev) / (1 - alpha_bar_t) * (1 - a)).sqrt() * noise
+    mean = alpha_bar_prev.sqrt() * (1 - a) * view_x0(xt, eps, alpha_bar_t) + a.sqrt() * (1 - alpha_bar_prev) * xt
+    return mean / (1 - alpha_bar_t) + ((1 - alpha_bar_prev) / (1 - alpha_bar_t) * (1 - a)).sqrt() * noise
 
 
 def loss_discriminator(disc, view_anchor, view_target):
@@ -119,22 +108,13 @@ def loss_unlearn(disc, view_target):
     return F.softplus(-disc(view_target)).mean()
 
 
-@contextmanager
-def swapped(params, originals):
-    """Inside, the UNet is the original model: the few trained tensors change places with their saved values, bitwise.
+def swap(params, originals):
+    """Turns the UNet into the original model, bitwise, and at the second call back: the few trained tensors trade places.
 
-    Never while a graph is alive, and with an autocast of its own: autocast keeps low-precision copies of weights.
+    Not while a graph is alive, nor inside an autocast: that keeps low-precision copies of the weights.
     """
-
-    def swap():
-        for p, o in zip(params, originals, strict=True):
-            p.data, o.data = o.data, p.data
-
-    swap()
-    try:
-        yield
-    finally:
-        swap()
+    for p, o in zip(params, originals, strict=True):
+        p.data, o.data = o.data, p.data
 
 
 # ---- 2. prompts ---------------------------------------------------------------------------------------------------
@@ -147,7 +127,7 @@ def prompt_pairs(args):
         stop(f"{len(args.target)} targets but {len(anchors)} anchors; give one --anchor for all, or one each")
     if args.prompts and not args.prompts.is_file():
         stop(f"--prompts {args.prompts}: no such file")
-    lines = [line.strip() for line in args.prompts.read_text("utf-8").splitlines() if line.strip()] if args.prompts else None
+    lines = args.prompts and [line.strip() for line in args.prompts.read_text("utf-8").splitlines() if line.strip()]
     if lines == []:
         stop(f"--prompts {args.prompts} is empty; expected one anchor prompt a line")
     pairs = []
@@ -179,7 +159,7 @@ def stop(message):
 
 def save_whole(path, tensors=None, text=None, metadata=None):
     """Writes a file under a temporary name, then renames it: a reader never sees half a file."""
-    if tensors is None:
+    if text is not None:
         Path(f"{path}.tmp").write_text(text, encoding="utf-8")
     else:
         save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, f"{path}.tmp", metadata)
@@ -199,29 +179,28 @@ def load_pipeline(model, **kwargs):
     stop(f"--model {model} cannot be loaded (a Stable Diffusion folder or hub id with .safetensors weights?): {errors[0]}")
 
 
-def save_checkpoint(path, step, names, params, disc, optimizers):
+def save_checkpoint(path, step, trained, disc, optimizers):
     """All that the next iteration needs, in one file. Random draws need nothing: they follow (seed, step)."""
-    tensors = {f"unet/{n}": p for n, p in zip(names, params, strict=True)}
-    tensors |= {f"disc/{n}": p for n, p in disc.state_dict().items()}
+    tensors = {f"unet/{n}": p for n, p in trained.items()} | {f"disc/{n}": t for n, t in disc.state_dict().items()}
     for k, optimizer in enumerate(optimizers):
         for i, state in optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer{k}/{i}/{moment}": t for moment, t in state.items()}
+            tensors |= {f"{k}/{i}/{moment}": t for moment, t in state.items()}
     save_whole(path, tensors, metadata={"step": str(step)})
 
 
-def load_checkpoint(path, names, params, disc, optimizers):
+def load_checkpoint(path, trained, disc, optimizers):
     """Puts everything back and returns the number of iterations done."""
+    tensors = load_file(path)
+    for n, p in trained.items():
+        p.data.copy_(tensors.pop(f"unet/{n}"))
+    disc.load_state_dict({n: tensors.pop(f"disc/{n}") for n in disc.state_dict()})
+    states = [{} for _ in optimizers]
+    for (k, i, moment), t in ((name.split("/"), t) for name, t in tensors.items()):
+        states[int(k)].setdefault(int(i), {})[moment] = t
+    for optimizer, state in zip(optimizers, states, strict=True):
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
     with safe_open(path, "pt") as f:
-        tensors, step = {k: f.get_tensor(k) for k in f.keys()}, int(f.metadata()["step"])  # noqa: SIM118
-    for n, p in zip(names, params, strict=True):
-        p.data.copy_(tensors[f"unet/{n}"])
-    disc.load_state_dict({n: tensors[f"disc/{n}"] for n in disc.state_dict()})
-    for k, optimizer in enumerate(optimizers):
-        state = {}
-        for key in (key for key in tensors if key.startswith(f"optimizer{k}/")):
-            state.setdefault(int(key.split("/")[1]), {})[key.split("/")[2]] = tensors[key]
-        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    return step
+        return int(f.metadata()["step"])
 
 
 # ---- 4. the run ---------------------------------------------------------------------------------------------------
@@ -229,30 +208,24 @@ def load_checkpoint(path, names, params, disc, optimizers):
 
 def unlearn(args):
     """Runs DoCo and returns the run folder (None on all ranks but the first). Bad input ends it with one line."""
-    # -- processes and device: plain python is one process, torchrun sets the rest. bf16 on GPUs; a CPU computes in
-    #    fp32, where N processes give what one gives.
+    # -- processes (torchrun sets the variables) and device: bf16 on a GPU; fp32 on a CPU, where N processes equal one
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
+    device = torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     amp = lambda: torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")  # noqa: E731
 
     # -- check what can be checked before anything is loaded
     pairs = prompt_pairs(args)
-    view = re.fullmatch(r"(x0)|xprev(?::([1-9]\d{0,2}))?", args.view)
-    if not view:
+    if not (view := re.fullmatch(r"(x0)|xprev(?::([1-9]\d{0,2}))?", args.view)):
         stop(f"--view {args.view}: expected x0, xprev or xprev:STRIDE with a stride of 1 to 999")
     stride = int(view[2] or 1)
     out = args.out or Path("runs") / ("doco-" + re.sub(r"[^a-z0-9]+", "-", "-".join(args.target).lower()).strip("-"))
     finished, checkpoint = out / "delta.safetensors", out / "checkpoint.safetensors"
     if finished.exists() or (checkpoint.exists() and not args.resume):
-        kind = "a finished" if finished.exists() else "an unfinished"
-        stop(f"{out} holds {kind} run; choose another --out, or --resume one that was stopped")
-    if args.init and not (args.init / "delta.safetensors").is_file():
-        stop(f"--init {args.init}: no delta.safetensors there; expected the folder of a finished run")
+        stop(f"{out} already holds a run; choose another --out, or --resume one that was stopped")
     try:
         out.mkdir(parents=True, exist_ok=True)
         (out / "log.jsonl").touch()
@@ -262,7 +235,7 @@ def unlearn(args):
     # -- the original model, and the recipe for its size
     pipe = load_pipeline(args.model, safety_checker=None, requires_safety_checker=False, dtype=torch.float32).to(device)
     unet, scale = pipe.unet.requires_grad_(False).eval(), pipe.vae_scale_factor
-    alpha_bar = pipe.scheduler.alphas_cumprod.to(device)  # (1000,)
+    alpha_bar = pipe.scheduler.alphas_cumprod.to(device)  # (1000,), the a_t of the paper
     if pipe.scheduler.config.prediction_type != "epsilon":
         stop(f"--model {args.model} predicts {pipe.scheduler.config.prediction_type}; only epsilon models are supported")
     recipe = PAPER if unet.config.sample_size >= 32 else SMALL
@@ -272,20 +245,20 @@ def unlearn(args):
     size = (args.resolution or unet.config.sample_size * scale) // scale  # side of a latent
     if batch < 1 or batch % world:
         stop(f"--batch-size {batch} cannot be split over {world} processes; take a positive multiple of {world}")
-    if not 0 <= warmup <= steps or steps < 1:
+    if not 0 <= warmup <= steps > 0:
         stop(f"--steps {steps} {warmup}: expected TOTAL >= WARMUP >= 0")
-    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
-    settings = {k: v for k, v in settings.items() if k not in ("resume", "out", "save_pipeline")}
-    settings |= {"steps": [steps, warmup], "batch_size": batch, "lr": [lr, disc_lr], "resolution": size * scale}
+    settings = vars(args) | {"steps": [steps, warmup], "batch_size": batch, "lr": [lr, disc_lr], "resolution": size * scale}
+    free = ("resume", "out", "save_pipeline")  # may change when a run is resumed
+    settings = {k: str(v) if isinstance(v, Path) else v for k, v in settings.items() if k not in free}
     if (out / "args.json").exists() and (then := json.loads((out / "args.json").read_text())["settings"]) != settings:
         changed = ", ".join(k for k in settings if settings[k] != then.get(k))
         stop(f"{out} was begun with other settings ({changed}); repeat them or choose another --out")
     if rank == 0:
         print(f"{'small-model' if recipe is SMALL else 'paper'} recipe: {steps} iterations, the first {warmup} for D only, "
               f"batch {batch}, lr {lr:g} and {disc_lr:g}, view {args.view}, retain {args.retain}, lam {args.lam:g}")
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True).stdout.strip() or None
-        about = {"versions": {m.__name__: m.__version__ for m in (torch, diffusers)}, "commit": commit, "processes": world}
-        save_whole(out / "args.json", text=json.dumps({"settings": settings, **about}, indent=1))
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True).stdout.strip()
+        about = {"torch": torch.__version__, "diffusers": diffusers.__version__, "commit": commit, "processes": world}
+        save_whole(out / "args.json", text=json.dumps(about | {"settings": settings}, indent=1))
 
     # -- text embeddings, once
     texts = list(dict.fromkeys(["", *(a for a, _ in pairs), *(t for _, ts in pairs for t in ts)]))
@@ -294,7 +267,9 @@ def unlearn(args):
 
     # -- anchor pictures from the original model, straight as latents (no JPEG as in the released code); ranks share the work
     n_images, cache = min(recipe["images"], steps * batch), out / "anchor_latents.safetensors"
-    if not cache.exists():
+    if cache.exists():
+        latents = load_file(cache)["latents"].to(device)  # (n_images, 4, h, w)
+    else:
         pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
         pipe.set_progress_bar_config(disable=True)
         latents = torch.zeros(n_images, unet.config.in_channels, size, size, device=device)
@@ -311,28 +286,25 @@ def unlearn(args):
             dist.all_reduce(latents)  # each rank has filled its own rows
         if rank == 0:
             save_whole(cache, {"latents": latents})
-        if world > 1:
-            dist.barrier()
-    latents = load_file(cache)["latents"].to(device)  # (n_images, 4, h, w)
-    del pipe  # the UNet stays; VAE and text encoder leave memory
+    del pipe  # the UNet stays
 
     # -- what is trained, and its original values: this copy is all that the frozen model costs
-    names, params = zip(*[(n, p) for n, p in unet.named_parameters() if re.search(TRAINED[args.train], n)], strict=True)
+    trained = {n: p.requires_grad_() for n, p in unet.named_parameters() if re.search(TRAINED[args.train], n)}
+    params = list(trained.values())
     originals = [p.detach().clone() for p in params]
     if args.init:
-        earlier = load_file(args.init / "delta.safetensors")
-        if set(earlier) - set(names):
+        if not (args.init / "delta.safetensors").is_file():
+            stop(f"--init {args.init}: no delta.safetensors there; expected the folder of a finished run")
+        if set(earlier := load_file(args.init / "delta.safetensors")) - set(trained):
             stop(f"--init {args.init} trained weights that --train {args.train} leaves out; repeat its --train")
         unet.load_state_dict(earlier, strict=False)
-    for p in params:
-        p.requires_grad_(True)
     torch.manual_seed(args.seed)  # the same discriminator on every rank
     disc = patchgan(size, unet.config.in_channels).to(device)
     opt_unet = torch.optim.AdamW(params, lr=lr, weight_decay=1e-2, fused=True)
     opt_disc = torch.optim.Adam(disc.parameters(), lr=disc_lr, betas=(0.5, 0.999), fused=True)
     start, log, conflicts = 0, [], 0
     if checkpoint.exists():
-        start = load_checkpoint(checkpoint, names, params, disc, (opt_unet, opt_disc))
+        start = load_checkpoint(checkpoint, trained, disc, (opt_unet, opt_disc))
         log = [row for row in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if row["step"] < start]
 
     def predict(xt, t, prompts):  # (B, 4, h, w), (B,), B texts -> eps (B, 4, h, w)
@@ -342,16 +314,15 @@ def unlearn(args):
     # -- the training loop
     bar = tqdm(range(start, steps), "unlearning", initial=start, total=steps, disable=rank > 0)
     for step in bar:
-        # Draws for the whole batch on every rank, from (seed, step) alone; each rank keeps its slice. So N processes
-        # compute what one does, and a resumed run needs no saved random state.
+        # Draws for the whole batch on every rank, from (seed, step) alone; each rank keeps its slice: N processes compute
+        # what one does, and a resumed run needs no saved random state.
         g = torch.Generator().manual_seed((args.seed << 32) + step)
         mine, train_unet = slice(rank * batch // world, (rank + 1) * batch // world), step >= warmup
-        i, i_r, wording = torch.randint(1 << 30, (3, batch), generator=g)[:, mine].tolist()
+        i, i_r = torch.randint(n_images, (2, batch), generator=g)[:, mine].tolist()
         t, t_r = torch.randint(len(alpha_bar), (2, batch), generator=g)[:, mine].to(device)
         eps, eps_r, fresh = torch.randn(3, batch, *latents.shape[1:], generator=g)[:, mine].to(device)
-        i, i_r = [k % n_images for k in i], [k % n_images for k in i_r]
         anchor_prompts, wordings = zip(*[pairs[k % len(pairs)] for k in i], strict=True)
-        target_prompts = [texts[w % len(texts)] for texts, w in zip(wordings, wording, strict=True)]
+        target_prompts = [w[step % len(w)] for w in wordings]
 
         # Eq. 9: what keeps the anchor (other pictures, other noise, the anchor prompt). First, so that its graph is gone early.
         if train_unet and args.retain != "none":
@@ -364,8 +335,10 @@ def unlearn(args):
         a_prev = torch.where(t < stride, 1.0, alpha_bar[(t - stride).clamp(min=0)]).view(-1, 1, 1, 1)  # no noise before 0
         xt = add_noise(latents[i], eps, a_t)  # (B, 4, h, w)
         see = lambda e: view_x0(xt, e, a_t) if view[1] else view_xprev(xt, e, a_t, a_prev, fresh)  # noqa: B023, E731
-        with torch.no_grad(), swapped(params, originals):
+        swap(params, originals)
+        with torch.no_grad():
             view_anchor = see(predict(xt, t, anchor_prompts))
+        swap(params, originals)
         with torch.set_grad_enabled(train_unet):
             view_target = see(predict(xt, t, target_prompts))
 
@@ -384,7 +357,6 @@ def unlearn(args):
         loss_d = loss_discriminator(disc, view_anchor, view_target.detach())
         write_grad(disc.parameters(), flat_grad(loss_d, disc.parameters()))
         opt_disc.step()
-        opt_disc.zero_grad()
 
         # -- every tenth iteration: log, the only place that waits for the device
         if (step + 1) % 10 == 0 or step + 1 == steps:
@@ -395,42 +367,34 @@ def unlearn(args):
                 log[-1] |= {"loss_u": loss_u.item(), "norm_g": grad.norm().item()} | {k: v.item() for k, v in stats.items()}
                 log[-1] |= {"loss_r": loss_r.item(), "conflict": float(conflicts) / 10} if stats else {}
                 conflicts = 0  # a share of the last ten
+            bar.set_postfix({k: f"{log[-1][k]:.3f}" for k in ("loss_d", "disc_acc", "loss_u", "cos") if k in log[-1]})
             if not all(map(math.isfinite, log[-1].values())):
                 stop(f"not finite at iteration {step}: {log[-1]}; lower --lr and choose another --out")
-            bar.set_postfix({k: f"{log[-1][k]:.3f}" for k in ("loss_d", "disc_acc", "loss_u", "cos") if k in log[-1]})
             if rank == 0:
                 save_whole(out / "log.jsonl", text="".join(json.dumps(row) + "\n" for row in log))
-        if rank == 0 and (step + 1) % max(1, steps // 20) == 0:
-            save_checkpoint(checkpoint, step + 1, names, params, disc, (opt_unet, opt_disc))
+        if rank == 0 and (step + 1) % (10 * max(1, steps // 200)) == 0:
+            save_checkpoint(checkpoint, step + 1, trained, disc, (opt_unet, opt_disc))
 
     # -- save: the trained tensors under their UNet names; plain diffusers loads them
     if world > 1:
         dist.destroy_process_group()
     if rank > 0:
         return None
-    delta = dict(zip(names, params, strict=True))
-    save_whole(finished, delta, metadata={"format": "pt", "method": "doco", "base_model": args.model})
+    save_whole(finished, trained, metadata={"format": "pt", "method": "doco", "base_model": args.model})
     checkpoint.unlink(missing_ok=True)
     if args.save_pipeline:
-        pipe = load_pipeline(args.model)
-        pipe.unet.load_state_dict(delta, strict=False)
-        pipe.save_pretrained(out / "pipeline")
+        whole = load_pipeline(args.model)
+        whole.unet.load_state_dict(trained, strict=False)
+        whole.save_pretrained(out / "pipeline")
     print(f"\nload it with:\n  pipe = StableDiffusionPipeline.from_pretrained({args.model!r})\n"
           f"  pipe.unet.load_state_dict(safetensors.torch.load_file({str(finished)!r}), strict=False)\n"
           f'  pipe("{args.target[0]}").images[0].show()\n')  # fmt: skip
     return out
 
 
-def main(args):
-    try:
-        out = unlearn(args)
-    except (SafetensorError, OSError) as e:
-        stop(str(e).splitlines()[0])
-    if out:  # before and after, by eval.py in a process of its own: it knows how to score, this file knows DoCo
+if __name__ == "__main__":
+    args = parse_args()
+    if out := unlearn(args):  # before and after, by eval.py in a process of its own: it knows how to score, this file DoCo
         command = [sys.executable, str(HERE / "eval.py"), "concept", "--before", args.model, "--after", str(out), "--seed",
                    str(args.seed), "--concept-type", args.concept_type, "--target", *args.target, "--anchor", *args.anchor]
         subprocess.run(command, env={k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"})
-
-
-if __name__ == "__main__":
-    main(parse_args())

@@ -390,7 +390,9 @@ def train_unet(args, data, latents, vae, text_encoder, tokenizer):
     bar = tqdm(range(start, args.unet_steps), "unet", initial=start, total=args.unet_steps)
     for step in bar:
         rng, g = draws(args.seed, "unet", step)
-        picks = [(rng.randrange(len(latents)), rng.randrange(3), rng.randrange(latents.shape[2])) for _ in range(32)]
+        # A third of the training on shifted and mirrored copies teaches shapes; the rest on the drawings as they are, details.
+        copies = latents.shape[2] if 3 * step < args.unet_steps else 1
+        picks = [(rng.randrange(len(latents)), rng.randrange(3), rng.randrange(copies)) for _ in range(32)]
         z = torch.stack([latents[p] for p in picks])  # (B, 4, 16, 16)
         texts = [caption(data["emoji"][n], STYLES[s], data["styles"], rng) for n, s, _ in picks]
         texts = ["" if rng.random() < 0.1 else t for t in texts]  # the null prompt, for classifier-free guidance
