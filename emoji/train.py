@@ -428,6 +428,8 @@ def save_pipeline(folder, model, vae, tokenizer, scheduler):
             unet=UNet2DConditionModel.from_pretrained(f"{tmp}/unet", torch_dtype=torch.float16),
             vae=AutoencoderKL.from_pretrained(f"{tmp}/vae", torch_dtype=torch.float16),
         )
+    for part in ("unet", "vae"):
+        parts[part].register_to_config(_name_or_path="")  # not the temporary folder's
     none = dict(safety_checker=None, feature_extractor=None, image_encoder=None, requires_safety_checker=False)
     pipe = StableDiffusionPipeline(**parts, tokenizer=tokenizer, scheduler=scheduler, **none)
     pipe.save_pretrained(folder)
@@ -466,9 +468,10 @@ def report(args, data, images, n=600):
         pictures.append(pipe(prompts, num_inference_steps=20, guidance_scale=3.0, generator=g, output_type="pt").images)
     x = torch.cat(pictures).float().cpu() * 2 - 1
     drawn, real = ranks(x, [a for a, _ in picks]), ranks(images.flatten(0, 1), [i // 3 for i in range(3 * len(names))])
-    style_ids = tokenize(tokenizer, [f"an emoji, in the style of {s}" for s in STYLES], args.device)
+    styled = tokenize(tokenizer, [f"{names[a]}, in the style of {s}" for a, _ in picks for s in STYLES], args.device)
+    styled = embedding(clip.get_text_features(styled)).view(n, 3, -1)
     i = torch.cat([embedding(clip.get_image_features(part.to(args.device))) for part in x.split(64)])
-    style_hits = (i @ embedding(clip.get_text_features(style_ids)).T).argmax(1).cpu() == torch.tensor([b for _, b in picks])
+    style_hits = (styled @ i[:, :, None])[..., 0].argmax(1).cpu() == torch.tensor([b for _, b in picks])
     top = lambda r, k: round((r < k).float().mean().item(), 3)  # noqa: E731
     result = {"n": n, "names": len(names), "drawn": {"top1": top(drawn, 1), "top3": top(drawn, 3)}}
     result |= {"real": {"top1": top(real, 1), "top3": top(real, 3)}, "style": round(style_hits.float().mean().item(), 3)}
@@ -484,7 +487,7 @@ def report(args, data, images, n=600):
             tile = ((picture.clamp(-1, 1) + 1) * 127.5).byte().permute(1, 2, 0).contiguous()
             sheet.paste(Image.frombytes("RGB", (SIZE, SIZE), bytes(tile.flatten().tolist())), (cx, y))
         pen.text((cx + 2, cy + 2 * SIZE), names[a].removeprefix("flag of ")[:11], fill="black" if drawn[k] < 1 else "red")
-    sheet.save(args.out / "contact_sheet.png", optimize=True)
+    sheet.quantize(256).save(args.out / "contact_sheet.png", optimize=True)
 
 
 def main(args):
