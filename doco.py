@@ -45,7 +45,7 @@ HERE = Path(__file__).resolve().parent
 # The paper's settings; D's rate is the released code's (styles: 5e-4). What its --scale_lr makes of 6e-6 is --lr 4.8e-5.
 PAPER = dict(steps=[2000, 1000], batch_size=8, lr=[6e-6, 1e-4], images=1000, guidance=6.0, sampling_steps=25)
 # For toys like emoji/sd, with latents under 32x32: fewer weights, so larger rates and fewer steps.
-SMALL = dict(steps=[300, 100], batch_size=8, lr=[1e-4, 2e-4], images=64, guidance=3.0, sampling_steps=15)
+SMALL = dict(steps=[300, 100], batch_size=8, lr=[1e-4, 2e-4], images=64, guidance=6.0, sampling_steps=15)
 
 TRAINED = {"kv": r"attn2\.to_[kv]\.", "xattn": r"attn2\.", "full": r""}  # --train: which UNet weights, by name
 

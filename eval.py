@@ -6,8 +6,9 @@
 
 CS, CLIP score (Hessel et al. 2021, scale of DoCo's tables): 2.5 * max(cos(picture, concept), 0) * 100, mean over pictures.
 CA, CLIP accuracy: share of pictures, in per cent, that CLIP finds nearer the concept than its rival. The rival is the
-anchor, for the target, its nicknames and the unrelated concepts; for the anchor it is the target.
-Prompts are of four kinds: target; ood (out of distribution: no word of the target, yet they draw it); anchor; unrelated.
+anchor, for the target, its nicknames and all that should stay; for the anchor it is the target.
+Prompts are of five kinds: target; ood (out of distribution: no word of the target, yet they draw it); anchor; related
+(neighbours of the target, hardest to keep: known for the embedded model alone); unrelated.
 
 Writes into --out: metrics.json, before_after.png and, where there is a log.jsonl, curves.png.
 """
@@ -27,7 +28,7 @@ from tqdm import tqdm
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 HERE = Path(__file__).resolve().parent
-KINDS = ("target", "ood", "anchor", "unrelated")
+KINDS = ("target", "ood", "anchor", "related", "unrelated")
 STYLE_SUBJECTS = ("cat", "dog", "penguin", "frog", "rose", "pizza", "banana", "ghost")
 
 
@@ -40,9 +41,9 @@ def parse_args(argv=None):
     p.add_argument("--anchor", nargs="+", required=True)
     p.add_argument("--concept-type", choices=("object", "style"), default="object")
     p.add_argument("--ood", nargs="*", help="prompts without the target's words that draw it (emoji model: nicknames)")
-    p.add_argument("--keep", nargs="*", help="unrelated concepts (emoji model: four neighbours, four strangers)")
+    p.add_argument("--keep", nargs="*", help="unrelated concepts (emoji model: four neighbours, six strangers)")
     p.add_argument("--clip", help="CLIP folder or hub id (default: emoji/clip for toys, else openai/clip-vit-base-patch32)")
-    p.add_argument("--num-images", type=int, default=12, help="pictures per prompt")
+    p.add_argument("--num-images", type=int, default=8, help="pictures per prompt")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--out", type=Path, help="where the report goes (default: --after)")
     return p.parse_args(argv)
@@ -95,14 +96,14 @@ def prompt_rows(args, toy):
         entry = emoji_entry(data, target) or {"nicknames": [], "groups": {}}
         rows += [("ood", p, target, anchor) for p in (entry["nicknames"] if args.ood is None else args.ood)]
         rows += [("anchor", p.format(anchor), anchor, target) for p in ("{}", "an emoji of {}" if toy else "a photo of {}")]
-        keep = args.keep
-        if keep is None:  # four that share a group with the target, four that do not
+        near, far = [], args.keep or []
+        if args.keep is None:  # four that share a group with the target, six that do not
             taken = {*args.target, *anchors, entry.get("name", "")}
             names = [e for e in data["emoji"] if not {e["name"], *e["synonyms"]} & {t.lower() for t in taken}]
             near = [e["name"] for e in names if set(e["groups"]) & set(entry["groups"])]
             far = [e["name"] for e in names if not set(e["groups"]) & set(entry["groups"])]
-            keep = near[:: max(1, len(near) // 4)][:4] + far[:: max(1, len(far) // 4)][:4]
-        rows += [("unrelated", k, k, anchor) for k in keep]
+            near, far = near[:: max(1, len(near) // 4)][:4], far[:: max(1, len(far) // 6)][:6]
+        rows += [("related", k, k, anchor) for k in near] + [("unrelated", k, k, anchor) for k in far]
     return list(dict.fromkeys(rows))
 
 
@@ -163,7 +164,7 @@ def draw(pipe, prompts, seeds, toy, label):
         g = [torch.Generator().manual_seed(s) for s in seeds[i : i + chunk]]
         with torch.autocast(device.type, torch.bfloat16):
             images += pipe(prompts[i : i + chunk], generator=g, num_inference_steps=15 if toy else 25,
-                           guidance_scale=3.0 if toy else 6.0).images  # fmt: skip
+                           guidance_scale=6.0).images  # fmt: skip
     return images
 
 
@@ -172,10 +173,10 @@ def draw(pipe, prompts, seeds, toy, label):
 
 def draw_before_after(rows, before, after, per_row, path, shown=4, tile=88):
     """Rows: prompts. Columns: before | after at the same seeds. before, after: PIL pictures, per_row of them for each row."""
-    picked = []  # two prompts of each kind, four of the unrelated
+    picked = []  # two prompts of each kind
     for kind in KINDS:
         of_kind = [i for i, r in enumerate(rows) if r[0] == kind]
-        picked += of_kind[:: max(1, len(of_kind) // 4)][: 4 if kind == "unrelated" else 2]
+        picked += of_kind[:: max(1, len(of_kind) // 2)][:2]
     font, shown = ImageFont.load_default(size=13), min(shown, per_row)
     left, gap, top = 230, 24, 26
     image = Image.new("RGB", (left + 2 * shown * tile + gap + 8, top + len(picked) * (tile + 4)), "white")
@@ -264,7 +265,7 @@ def main(args):
         if kind in report["before"]:
             b, a = report["before"][kind], report["after"][kind]
             print(f"{kind:12}{b['CA']:10.1f}{a['CA']:8.1f}{b['CS']:12.1f}{a['CS']:8.1f}{a['n']:6}")
-        else:
+        elif kind != "related":
             print(f"{kind:12}  not measured: no such prompts known; give some with --{'keep' if kind == 'unrelated' else kind}")
     print(f"pictures: {out / 'before_after.png'}")
 
