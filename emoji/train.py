@@ -2,7 +2,7 @@
 
 Latent diffusion (Rombach et al. 2022) in miniature, part by part, in the very classes of Stable Diffusion v1.4:
 
-    1. the pictures       243 open emoji in three drawing styles, with names, synonyms and nicknames
+    1. the pictures       237 open emoji in three drawing styles, with names, synonyms and nicknames
     2. the tokenizer      a byte-pair encoding of 2,048 tokens, saved as a CLIPTokenizer
     3. the autoencoder    64x64 pixels <-> 16x16x4 latents                       (AutoencoderKL)
     4. two CLIPs          one gives the generator its text encoder, as OpenAI's does for Stable Diffusion;
@@ -10,7 +10,7 @@ Latent diffusion (Rombach et al. 2022) in miniature, part by part, in the very c
     5. the UNet           predicts the noise in a latent, given a caption        (UNet2DConditionModel)
     6. the report         does an independent CLIP recognise what the prompts ask for?
 
-Run (about two hours on two cores, minutes on a GPU; killed at any moment, the same command goes on):
+Run (about two hours on two cores; killed at any moment, the same command goes on):
 
     python emoji/train.py                    # fetches the pictures with npm unless emoji/images/ is there
     python emoji/train.py --report-only      # only part 6: scores emoji/sd and draws the contact sheet
