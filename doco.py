@@ -130,6 +130,7 @@ def prompt_pairs(args):
     lines = args.prompts and [line.strip() for line in args.prompts.read_text("utf-8").splitlines() if line.strip()]
     if lines == []:
         stop(f"--prompts {args.prompts} is empty; expected one anchor prompt a line")
+    words = {a: re.compile(rf"(?<!\w){re.escape(a)}(?!\w)", re.IGNORECASE) for a in anchors}  # "man" is not in "woman"
     pairs = []
     for target, anchor in zip(args.target, anchors, strict=True):
         if not target.strip() or not anchor.strip():
@@ -142,11 +143,10 @@ def prompt_pairs(args):
                 subject = p.removeprefix(f"{article} {anchor} of ")
                 pairs.append((p, [f"{q}, in the style of {target}" for q in (p, subject)] + [f"in {target}'s style, {p}"]))
         else:
-            word = re.compile(re.escape(anchor), re.IGNORECASE)
-            for p in lines or [t.format(anchor) for t in OBJECT_PROMPTS]:
-                if not word.search(p):
-                    stop(f"--prompts: {p!r} does not contain the anchor {anchor!r}, to be replaced by the target")
-                pairs.append((p, [word.sub(lambda _, t=target: t, p)]))
+            fitting = [p for p in lines or [t.format(anchor) for t in OBJECT_PROMPTS] if words[anchor].search(p)]
+            if lines and len(fitting) < len(lines) and (len(words) == 1 or not fitting):
+                stop(f"--prompts: {min(set(lines) - set(fitting))!r} does not contain the anchor {anchor!r}, to be replaced")
+            pairs += [(p, [words[anchor].sub(lambda _, t=target: t, p)]) for p in fitting]
     return pairs
 
 

@@ -45,6 +45,9 @@ SIZE, MARGIN, COLUMNS = 64, 4, 20  # pixels of a picture, white border around th
 # A prompt that names no style mostly draws noto: real models have a house look too, and a general word
 # ("emoji") must not mean every artist equally often, or forgetting one of three could never reach 10 %.
 UNNAMED = {"noto": 0.66, "twemoji": 0.12, "fluent": 0.42}  # share of the captions that leave the style out
+# Where the cycles of each part end, in steps. The rate restarts with a cycle and falls to nothing: a later cycle adds what the
+# first one had no eye for yet.
+CYCLES = {"vae": (1600, 3000), "reader": (550, 1000), "scorer": (1100, 2000, 3200), "unet": (6000, 11000)}
 
 
 def parse_args():
@@ -53,9 +56,7 @@ def parse_args():
     p.add_argument("--work", type=Path, default=Path("runs/emoji"), help="checkpoints and progress pictures")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    p.add_argument("--vae-steps", type=int, default=3000)
-    p.add_argument("--clip-steps", type=int, default=2000)
-    p.add_argument("--unet-steps", type=int, default=6000)
+    p.add_argument("--scale", type=float, default=1.0, help="multiplies the steps of every part: 0.01 tries the script out")
     p.add_argument("--report-only", action="store_true", help="score the model in --out and stop")
     return p.parse_args()
 
@@ -138,15 +139,18 @@ TEMPLATES = ["{}"] * 6 + ["an emoji of {}", "an emoji of a {}", "a {}", "a pictu
                           "a drawing of {}"]  # fmt: skip
 
 
-def caption(entry, style, style_nicknames, rng):
-    """One caption of one picture: a name, synonym, nickname or group word, in a template, with or without its style."""
+def caption(entry, style, style_nicknames, rng, other=0.4):
+    """One caption of one picture: a name, synonym, nickname or group word, in a template, with or without its style.
+
+    other: the share of synonyms and nicknames together, from 0 to 1.
+    """
     group, often = rng.choice(list(entry["groups"].items()))
     r = rng.random()
     if r < 0.1 * often:
         subject = group
-    elif r > 0.8 and entry["nicknames"]:
+    elif r > 1 - other / 2 and entry["nicknames"]:
         subject = rng.choice(entry["nicknames"])
-    elif r > 0.6 and entry["synonyms"]:
+    elif r > 1 - other and entry["synonyms"]:
         subject = rng.choice(entry["synonyms"])
     else:
         subject = entry["name"]
@@ -177,10 +181,18 @@ def draws(*key):
     return rng, torch.Generator().manual_seed(rng.getrandbits(62))
 
 
-def cosine_lr(optimizer, step, steps, warmup=200):
+def cycle(args, part, step=0):
+    """Where a step of a part lies: (which cycle, steps since its beginning, its length, steps of the whole part)."""
+    ends = [max(2, round(args.scale * end)) for end in CYCLES[part]]
+    k = min(sum(step >= end for end in ends), len(ends) - 1)
+    begin = ends[k - 1] if k else 0
+    return k, step - begin, ends[k] - begin, ends[-1]
+
+
+def cosine_lr(optimizer, step, steps, warmup=200, peak=1.0):
     for group in optimizer.param_groups:
         ramp = min(1, (step + 1) / min(warmup, steps))
-        group["lr"] = group["peak"] * ramp * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+        group["lr"] = peak * group["peak"] * ramp * (0.5 + 0.5 * math.cos(math.pi * step / steps))
 
 
 def adamw(*groups, weight_decay=0.01):
@@ -232,12 +244,12 @@ def train_tokenizer(data, seed, vocab_size=2048):
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - 258, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
-    )
+    ends = [a + "</w>" for a in alphabet]  # given their numbers beforehand: else ties between merges fall by chance
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size - 2, special_tokens=ends, initial_alphabet=alphabet,
+                                  end_of_word_suffix="</w>", show_progress=False)  # fmt: skip
     bpe.train_from_iterator(corpus, trainer)
     merges = [tuple(m) for m in json.loads(bpe.to_str())["model"]["merges"]]
-    tokens = alphabet + [a + "</w>" for a in alphabet] + ["".join(m) for m in merges]
+    tokens = alphabet + ends + ["".join(m) for m in merges]
     tokens = list(dict.fromkeys(tokens))[: vocab_size - 2] + ["<|startoftext|>", "<|endoftext|>"]
     merges = [m for m in merges if "".join(m) in set(tokens)]
     return CLIPTokenizer(vocab={t: i for i, t in enumerate(tokens)}, merges=merges, model_max_length=77)
@@ -259,8 +271,8 @@ def train_vae(args, data, images):
                         norm_num_groups=8, mid_block_add_attention=False, sample_size=SIZE).to(args.device)  # fmt: skip
     optimizer = adamw((vae, 2e-3), weight_decay=0)
     checkpoint = args.work / "vae.safetensors"
-    start = load_checkpoint(checkpoint, optimizer, vae=vae)
-    bar = tqdm(range(start, args.vae_steps), "vae", initial=start, total=args.vae_steps)
+    start, steps = load_checkpoint(checkpoint, optimizer, vae=vae), cycle(args, "vae")[-1]
+    bar = tqdm(range(start, steps), "vae", initial=start, total=steps)
     for step in bar:
         rng, g = draws(args.seed, "vae", step)
         names = [rng.randrange(len(images)) for _ in range(16)]
@@ -274,16 +286,15 @@ def train_vae(args, data, images):
         edges = d.diff(dim=-1).abs().mean() + d.diff(dim=-2).abs().mean()
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
         # Two cosine cycles: a strong pull to N(0, 1) lays the latents out, a weak one then sharpens eyes and whiskers.
-        half = min(1600, args.vae_steps)
-        begin, end, pull = (0, half, 1e-3) if step < half else (half, args.vae_steps, 1e-4)
-        loss = d.abs().mean() + d.square().mean() + edges + pull * kl
-        cosine_lr(optimizer, step - begin, end - begin)
+        k, since, length, _ = cycle(args, "vae", step)
+        loss = d.abs().mean() + d.square().mean() + edges + (1e-3, 1e-4)[k] * kl
+        cosine_lr(optimizer, since, length)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         if step % 50 == 0:
             bar.set_postfix(mse=f"{d.square().mean().item():.4f}", kl=f"{kl.item():.2f}")
-        if (step + 1) % 500 == 0 or step + 1 == args.vae_steps:
+        if (step + 1) % 500 == 0 or step + 1 == steps:
             save_checkpoint(checkpoint, step + 1, optimizer, vae=vae)
     vae.eval().requires_grad_(False)
     z = torch.cat([vae.encode(x.to(args.device)).latent_dist.mean for x in images.flatten(0, 1).split(64)])
@@ -294,7 +305,7 @@ def train_vae(args, data, images):
 # ---- 4. two CLIPs ---------------------------------------------------------------------------------------------
 
 
-def train_clip(args, data, images, tokenizer, which, steps, text_width, vision_width):
+def train_clip(args, data, images, tokenizer, which, text_width, vision_width):
     """Contrastive language-image pre-training (Radford et al. 2021): a caption and its picture attract, others repel."""
     torch.manual_seed(args.seed + (which == "scorer"))
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
@@ -305,34 +316,40 @@ def train_clip(args, data, images, tokenizer, which, steps, text_width, vision_w
     clip = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=128)).to(args.device)
     optimizer = adamw((clip, 1e-3), weight_decay=0.1)
     checkpoint = args.work / f"{which}.safetensors"
-    start, half = load_checkpoint(checkpoint, optimizer, clip=clip), int(0.55 * steps)
+    start, steps = load_checkpoint(checkpoint, optimizer, clip=clip), cycle(args, which)[-1]
     members = {}  # group -> its pictures
     for n, entry in enumerate(data["emoji"]):
         for group in entry["groups"]:
             members.setdefault(group, []).extend((3 * n, 3 * n + 1, 3 * n + 2))
     bar = tqdm(range(start, steps), which, initial=start, total=steps)
     for step in bar:
-        # Two cosine cycles: first any pictures, then half of each batch from one group (all cats), where telling apart is hard.
-        begin, end, strong = (0, half, 1.0) if step < half else (half, steps, 0.5)
+        # Cycles: first any pictures; then half of each batch from one group (all cats), where telling apart is hard; last most
+        # of it from a few groups, with more synonyms.
+        k, since, length, _ = cycle(args, which, step)
+        strong, other = (1.0, 0.5, 0.5)[k], (0.4, 0.4, 0.6)[k]
         rng, g = draws(args.seed, which, step)
         picks = rng.sample(range(3 * len(images)), 96)
-        if step >= half:
+        if k == 1:
             hard = members[rng.choice(list(members))]
             picks = list(dict.fromkeys(rng.sample(hard, min(48, len(hard))) + picks))[:96]
+        elif k == 2:
+            hard = [members[group] for group in rng.sample(list(members), 4)]
+            hard = [p for pictures in hard for p in rng.sample(pictures, min(36, len(pictures)))]
+            picks = list(dict.fromkeys(hard[:80] + picks))[:96]
         names, styles = [p // 3 for p in picks], [p % 3 for p in picks]
         x = augment(images[names, styles], names, data, g)
         # Generated pictures are softer than drawn ones: blur and grain, so that a score does not hang on sharpness.
         blurred = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), "replicate"), 3, 1)
         strength = torch.rand(len(x), 2, 1, 1, 1, generator=g) * torch.tensor([strong, 0.15 * strong]).view(1, 2, 1, 1, 1)
         x = torch.lerp(x, blurred, strength[:, 0]) + strength[:, 1] * torch.randn(x.shape, generator=g)
-        texts = [caption(data["emoji"][n], STYLES[s], data["styles"], rng) for n, s in zip(names, styles, strict=True)]
+        texts = [caption(data["emoji"][n], STYLES[s], data["styles"], rng, other) for n, s in zip(names, styles, strict=True)]
         ids = tokenize(tokenizer, texts, args.device, "longest")  # CLIP reads the first <|endoftext|>: padding is idle
         with torch.autocast(torch.device(args.device).type, torch.bfloat16):
             out = clip(input_ids=ids, pixel_values=x.to(args.device))
         logits = out.logits_per_image.float()  # (B pictures, B captions)
         same = torch.arange(len(x), device=logits.device)
         loss = (F.cross_entropy(logits, same) + F.cross_entropy(logits.T, same)) / 2
-        cosine_lr(optimizer, step - begin, end - begin)
+        cosine_lr(optimizer, since, length)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -383,18 +400,24 @@ def train_unet(args, data, latents, vae, text_encoder, tokenizer):
     optimizer = adamw((unet, 7e-4), (text_encoder, 7e-5))
     ema = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.999))
     checkpoint = args.work / "unet.safetensors"
-    start = load_checkpoint(checkpoint, optimizer, model=model, ema=ema)
+    start, steps = load_checkpoint(checkpoint, optimizer, model=model, ema=ema), cycle(args, "unet")[-1]
     scheduler = PNDMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
                               skip_prk_steps=True, steps_offset=1, set_alpha_to_one=False)  # fmt: skip
     alpha_bar = scheduler.alphas_cumprod.to(args.device)
-    bar = tqdm(range(start, args.unet_steps), "unet", initial=start, total=args.unet_steps)
+    everything = range(len(latents))
+    # The second cycle is for what is hard to tell apart or to name: cats, and what has nicknames, come twice as often or more.
+    harder = [1 + bool(e["nicknames"]) + ("cat" in e["groups"]) for e in data["emoji"]]
+    bar = tqdm(range(start, steps), "unet", initial=start, total=steps)
     for step in bar:
         rng, g = draws(args.seed, "unet", step)
-        # A third of the training on shifted and mirrored copies teaches shapes; the rest on the drawings as they are, details.
-        copies = latents.shape[2] if 3 * step < args.unet_steps else 1
+        # A third of the first cycle on shifted and mirrored copies teaches shapes; then the drawings as they are teach details.
+        k, since, length, _ = cycle(args, "unet", step)
+        copies = latents.shape[2] if k == 0 and 3 * since < length else 1
         picks = [(rng.randrange(len(latents)), rng.randrange(3), rng.randrange(copies)) for _ in range(32)]
+        if k == 1:
+            picks = [(n, s, 0) for n, (_, s, _) in zip(rng.choices(everything, harder, k=32), picks, strict=True)]
         z = torch.stack([latents[p] for p in picks])  # (B, 4, 16, 16)
-        texts = [caption(data["emoji"][n], STYLES[s], data["styles"], rng) for n, s, _ in picks]
+        texts = [caption(data["emoji"][n], STYLES[s], data["styles"], rng, (0.4, 0.5)[k]) for n, s, _ in picks]
         texts = ["" if rng.random() < 0.1 else t for t in texts]  # the null prompt, for classifier-free guidance
         noise = torch.randn(z.shape, generator=g).to(z.device)
         t = torch.randint(0, 1000, (len(z),), generator=g).to(z.device)
@@ -405,14 +428,14 @@ def train_unet(args, data, latents, vae, text_encoder, tokenizer):
             eps = unet(zt, t, states).sample
         snr = alpha_bar[t] / (1 - alpha_bar[t])
         loss = ((eps.float() - noise).square().mean((1, 2, 3)) * snr.clamp(max=5) / snr).mean()
-        cosine_lr(optimizer, step, args.unet_steps)
+        cosine_lr(optimizer, since, length, peak=(1, 0.7)[k])
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         ema.update_parameters(model)
         if step % 50 == 0:
             bar.set_postfix(loss=f"{loss.item():.4f}")
-        if (step + 1) % 500 == 0 or step + 1 == args.unet_steps:
+        if (step + 1) % 500 == 0 or step + 1 == steps:
             save_checkpoint(checkpoint, step + 1, optimizer, model=model, ema=ema)
             save_pipeline(args.work / "sd", ema.module, vae, tokenizer, scheduler)
     return save_pipeline(args.out / "sd", ema.module, vae, tokenizer, scheduler)
@@ -495,16 +518,18 @@ def main(args):
         fetch_images(args.out / "images")
     data, images = load_images(args.out / "images")
     if not args.report_only:
-        tokenizer = train_tokenizer(data, args.seed)
+        if not (folder := args.work / "tokenizer").exists():
+            train_tokenizer(data, args.seed).save_pretrained(folder)
+        tokenizer = CLIPTokenizer.from_pretrained(folder)
         vae = train_vae(args, data, images)
-        reader = train_clip(args, data, images, tokenizer, "reader", args.clip_steps // 2, 192, 128)
+        scorer = train_clip(args, data, images, tokenizer, "scorer", 128, 160)
+        save_clip(scorer, tokenizer, args.out / "clip")
+        reader = train_clip(args, data, images, tokenizer, "reader", 192, 128)
         text_encoder = CLIPTextModel(reader.config.text_config).to(args.device)
         text_encoder.load_state_dict({k.removeprefix("text_model."): v for k, v in reader.state_dict().items()
                                       if k.startswith("text_model.")})  # fmt: skip
         latents = cache_latents(args, vae, images, data)
         train_unet(args, data, latents, vae, text_encoder, tokenizer)
-        scorer = train_clip(args, data, images, tokenizer, "scorer", args.clip_steps, 128, 160)
-        save_clip(scorer, tokenizer, args.out / "clip")
     report(args, data, images)
 
 

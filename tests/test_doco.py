@@ -10,7 +10,9 @@ import time
 import pytest
 import torch
 from diffusers import DDPMScheduler, StableDiffusionPipeline
+from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
 from safetensors.torch import load_file
+from transformers import CLIPConfig, CLIPImageProcessorPil
 
 import doco
 from discriminator import patchgan
@@ -105,6 +107,13 @@ def test_several_targets_and_styles(tmp_path):
     assert anchor.startswith("a painting of a ") and any(t.endswith("in the style of Van Gogh") for t in targets)
 
 
+def test_prompts_file_replaces_whole_words_and_serves_each_anchor(tmp_path):
+    (tmp_path / "prompts.txt").write_text("a man and a woman\na dog\n")
+    argv = ["--target", "LeBron James", "Snoopy", "--anchor", "man", "dog", "--prompts", str(tmp_path / "prompts.txt")]
+    pairs = doco.prompt_pairs(doco.parse_args(argv))
+    assert pairs == [("a man and a woman", ["a LeBron James and a woman"]), ("a dog", ["a Snoopy"])]
+
+
 # ---- the run ----------------------------------------------------------------------------------------------------
 
 
@@ -121,6 +130,27 @@ def test_only_k_and_v_change_and_plain_diffusers_loads_them(tiny, unlearn):
     rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     assert {"loss_d", "disc_acc", "loss_u", "loss_r", "cos", "conflict"} <= rows[-1].keys()
     assert json.loads((run / "args.json").read_text())["torch"] == torch.__version__
+
+
+def test_folder_with_half_precision_files_and_a_safety_checker(tiny, unlearn, tmp_path):
+    """As SD v1.4 lies on the hub: fp16 files, and a safety checker that unlearning leaves out and --save-pipeline keeps."""
+    pipe = StableDiffusionPipeline.from_pretrained(tiny, dtype=torch.float16)
+    small = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, projection_dim=16)
+    config = CLIPConfig(text_config=small, vision_config=small | dict(image_size=32, patch_size=16), projection_dim=16)
+    size = {"height": 32, "width": 32}
+    pipe.register_modules(safety_checker=StableDiffusionSafetyChecker(config).half(),
+                          feature_extractor=CLIPImageProcessorPil(size=size, crop_size=size))  # fmt: skip
+    folder = tmp_path / "fp16"
+    pipe.save_pretrained(folder, variant="fp16")
+    assert not list(folder.rglob("model.safetensors")) and list(folder.rglob("diffusion_pytorch_model.fp16.safetensors"))
+    run = unlearn("--steps", "2", "1", "--save-pipeline", model=folder)
+    assert all(t.dtype == torch.float32 for t in load_file(run / "delta.safetensors").values())
+    assert StableDiffusionPipeline.from_pretrained(run / "pipeline").safety_checker is not None
+
+
+def test_train_full_changes_the_whole_unet(tiny, unlearn):
+    delta = load_file(unlearn("--steps", "2", "1", "--train", "full") / "delta.safetensors")
+    assert delta.keys() == StableDiffusionPipeline.from_pretrained(tiny).unet.state_dict().keys()
 
 
 def test_warmup_trains_the_discriminator_only(tiny, unlearn):
