@@ -1,9 +1,8 @@
 """DoCo: make a text-to-image diffusion model forget a concept, and keep the rest.
 
 Paper: "Unlearning Concepts in Diffusion Model via Concept Domain Correction and Concept Preserving Gradient",
-Wu et al., AAAI 2025. A discriminator learns to tell what the model denoises for the target concept from what the original
-model denoises for an anchor concept; the model learns to fool it, and takes only that part of the step which does not
-hurt the anchor. Where the paper is silent or its released code differs, the comments and the README say what is done here.
+Wu et al., AAAI 2025. A discriminator learns to tell what the model denoises for the target concept from what the original model
+denoises for an anchor concept; the model learns to fool it, and takes only that part of a step that does not hurt the anchor.
 
     x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) eps                                          Eq. 1   noise an anchor picture
     eps_c  = M_init(x_t, anchor),   eps_c* = M(x_t, target)                          Eq. 5   two predictions, same x_t
@@ -42,10 +41,10 @@ from gradsurgery import flat_grad, lambda_projection, write_grad
 
 HERE = Path(__file__).resolve().parent
 
-# The paper's settings; D's rate is the released code's (styles: 5e-4). What its --scale_lr makes of 6e-6 is --lr 4.8e-5.
+# The paper's settings; D's rate is the released code's, five times that for styles. Its --scale_lr makes --lr 4.8e-5 of 6e-6.
 PAPER = dict(steps=[2000, 1000], batch_size=8, lr=[6e-6, 1e-4], images=1000, guidance=6.0, sampling_steps=25)
-# For toys like emoji/sd, with latents under 32x32: fewer weights, so larger rates and fewer steps.
-SMALL = dict(steps=[300, 100], batch_size=8, lr=[1e-4, 2e-4], images=64, guidance=6.0, sampling_steps=15)
+# For toys like emoji/sd, with latents under 32x32: larger rates and fewer steps; these are per target, and twice for a style.
+SMALL = dict(steps=[250, 50], batch_size=8, lr=[1.5e-4, 2e-4], images=64, guidance=6.0, sampling_steps=15)
 
 TRAINED = {"kv": r"attn2\.to_[kv]\.", "xattn": r"attn2\.", "full": r""}  # --train: which UNet weights, by name
 
@@ -64,7 +63,7 @@ def parse_args(argv=None):
     p.add_argument("--model", default=str(HERE / "emoji/sd"), help="Stable Diffusion 1.x/2.x: folder or hub id")
     p.add_argument("--init", type=Path, help="an earlier run folder to go on from; its targets stay forgotten")
     p.add_argument("--resolution", type=int, help="pixels of a side (default: the model's own)")
-    p.add_argument("--steps", type=int, nargs="+", metavar="N", help="iterations, and how many of them train D only (half)")
+    p.add_argument("--steps", type=int, nargs="+", metavar="N", help="iterations, and how many of them train D only")
     p.add_argument("--batch-size", type=int, help="pictures per iteration, over all processes")
     p.add_argument("--lr", type=float, nargs="+", help="learning rates of the UNet, and of the discriminator")
     p.add_argument("--lam", type=float, default=1.0, help="lambda of Eq. 10: how much of the conflict is cut away")
@@ -238,9 +237,10 @@ def unlearn(args):
     alpha_bar = pipe.scheduler.alphas_cumprod.to(device)  # (1000,), the a_t of the paper
     if pipe.scheduler.config.prediction_type != "epsilon":
         stop(f"--model {args.model} predicts {pipe.scheduler.config.prediction_type}; only epsilon models are supported")
-    recipe = PAPER if unet.config.sample_size >= 32 else SMALL
-    steps, warmup = [*(args.steps or recipe["steps"]), (args.steps or [0])[0] // 2][:2]
-    lr, disc_lr = [*(args.lr or recipe["lr"]), recipe["lr"][1]][:2]
+    style, small = args.concept_type == "style", unet.config.sample_size < 32
+    recipe = SMALL | {"steps": [n * len(args.target) * (1 + style) for n in SMALL["steps"]]} if small else PAPER
+    steps, warmup = [*(args.steps or recipe["steps"]), (args.steps or [0])[0] * recipe["steps"][1] // recipe["steps"][0]][:2]
+    lr, disc_lr = [*(args.lr or recipe["lr"][:1]), recipe["lr"][1] * (5 if style else 1)][:2]
     batch = recipe["batch_size"] if args.batch_size is None else args.batch_size
     size = (args.resolution or unet.config.sample_size * scale) // scale  # side of a latent
     if batch < 1 or batch % world:
@@ -254,7 +254,7 @@ def unlearn(args):
         changed = ", ".join(k for k in settings if settings[k] != then.get(k))
         stop(f"{out} was begun with other settings ({changed}); repeat them or choose another --out")
     if rank == 0:
-        print(f"{'small-model' if recipe is SMALL else 'paper'} recipe: {steps} iterations, the first {warmup} for D only, "
+        print(f"{'small-model' if small else 'paper'} recipe: {steps} iterations, the first {warmup} for D only, "
               f"batch {batch}, lr {lr:g} and {disc_lr:g}, view {args.view}, retain {args.retain}, lam {args.lam:g}")
         commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True).stdout.strip()
         about = {"torch": torch.__version__, "diffusers": diffusers.__version__, "commit": commit, "processes": world}

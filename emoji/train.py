@@ -10,7 +10,7 @@ Latent diffusion (Rombach et al. 2022) in miniature, part by part, in the very c
     5. the UNet           predicts the noise in a latent, given a caption        (UNet2DConditionModel)
     6. the report         does an independent CLIP recognise what the prompts ask for?
 
-Run (about two hours on two cores; killed at any moment, the same command goes on):
+Run (about three hours on two cores; killed at any moment, the same command goes on):
 
     python emoji/train.py                    # fetches the pictures with npm unless emoji/images/ is there
     python emoji/train.py --report-only      # only part 6: scores emoji/sd and draws the contact sheet
