@@ -43,7 +43,7 @@ def parse_args(argv=None):
     p.add_argument("--ood", nargs="*", help="prompts without the target's words that draw it (emoji model: nicknames)")
     p.add_argument("--keep", nargs="*", help="unrelated concepts (emoji model: four neighbours, six strangers)")
     p.add_argument("--clip", help="CLIP folder or hub id (default: emoji/clip for toys, else openai/clip-vit-base-patch32)")
-    p.add_argument("--num-images", type=int, default=8, help="pictures per prompt")
+    p.add_argument("--num-images", type=int, help="pictures per prompt (default: 2 to 8, about 128 in all)")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--out", type=Path, help="where the report goes (default: --after)")
     return p.parse_args(argv)
@@ -231,7 +231,8 @@ def main(args):
     toy = pipe.unet.config.sample_size < 32
     clip_name = args.clip or (str(HERE / "emoji/clip") if toy else "openai/clip-vit-base-patch32")
     embed_texts, embed_images = load_clip(clip_name, device)
-    rows, n, out = prompt_rows(args, toy), args.num_images, args.out or args.after
+    rows, out = prompt_rows(args, toy), args.out or args.after
+    n = args.num_images or min(8, max(2, 128 // len(rows)))
     prompts = [prompt for _, prompt, _, _ in rows for _ in range(n)]
     seeds = [args.seed * 1_000_003 + 500_000 + k for _ in rows for k in range(n)]  # not the seeds that doco.py uses
 

@@ -159,6 +159,15 @@ def test_warmup_trains_the_discriminator_only(tiny, unlearn):
     assert all(torch.equal(p, original[n]) for n, p in load_file(run / "delta.safetensors").items())
 
 
+def test_small_recipe_counts_iterations_per_target_and_twice_for_a_style(tiny, tmp_path, monkeypatch):
+    monkeypatch.setitem(doco.SMALL, "steps", [2, 1])
+    argv = ["--model", str(tiny), "--target", "twemoji", "noto", "--anchor", "emoji", "--out", str(tmp_path / "run")]
+    run = doco.unlearn(doco.parse_args([*argv, "--concept-type", "style", "--batch-size", "2"]))
+    settings = json.loads((run / "args.json").read_text())["settings"]
+    lr, disc_lr = doco.SMALL["lr"]
+    assert settings["steps"] == [8, 4] and settings["lr"] == [lr, 5 * disc_lr]
+
+
 SWITCHES = [["--view", "xprev:20"], ["--retain", "none"], ["--retain", "l2"], ["--lam", "0.5"], ["--train", "xattn"]]
 
 
