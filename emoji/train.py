@@ -184,7 +184,7 @@ def draws(*key):
 def cycle(args, part, step=0):
     """Where a step of a part lies: (which cycle, steps since its beginning, its length, steps of the whole part)."""
     ends = [max(2, round(args.scale * end)) for end in CYCLES[part]]
-    k = min(sum(step >= end for end in ends), len(ends) - 1)
+    k = sum(step >= end for end in ends)
     begin = ends[k - 1] if k else 0
     return k, step - begin, ends[k] - begin, ends[-1]
 
@@ -519,7 +519,8 @@ def main(args):
     data, images = load_images(args.out / "images")
     if not args.report_only:
         if not (folder := args.work / "tokenizer").exists():
-            train_tokenizer(data, args.seed).save_pretrained(folder)
+            train_tokenizer(data, args.seed).save_pretrained(f"{folder}.tmp")
+            os.replace(f"{folder}.tmp", folder)
         tokenizer = CLIPTokenizer.from_pretrained(folder)
         vae = train_vae(args, data, images)
         scorer = train_clip(args, data, images, tokenizer, "scorer", 128, 160)
