@@ -1,24 +1,29 @@
-"""Stable Diffusion from scratch on a laptop: the model that makes this repository run offline.
+"""Diffusion models from scratch on a laptop: what makes this repository run offline.
 
-Latent diffusion (Rombach et al. 2022) in miniature, part by part, in the very classes of Stable Diffusion v1.4:
+Latent diffusion (Rombach et al. 2022) in miniature, part by part, in the very classes of Stable Diffusion v1.4; then the two
+models that the paper on instances unlearns from, a DDPM (Ho et al. 2020) and Stable Diffusion 3 (Esser et al. 2024):
 
     1. the pictures       237 open emoji in three drawing styles, with names, synonyms and nicknames
     2. the tokenizer      a byte-pair encoding of 2,048 tokens, saved as a CLIPTokenizer
-    3. the autoencoder    64x64 pixels <-> 16x16x4 latents                       (AutoencoderKL)
+    3. the autoencoder    64x64 pixels <-> 16x16x4 latents                             (AutoencoderKL)
     4. two CLIPs          one gives the generator its text encoder, as OpenAI's does for Stable Diffusion;
                           the other, trained apart on another seed and another width, only ever scores pictures
-    5. the UNet           predicts the noise in a latent, given a caption        (UNet2DConditionModel)
-    6. the report         does an independent CLIP recognise what the prompts ask for?
+    5. the UNet           predicts the noise in a latent, given a caption              (UNet2DConditionModel)
+    6. the DDPM           draws 32x32 pixels, faces and animals, without a prompt      (UNet2DModel)
+    7. the transformer    predicts the velocity of a latent, given a caption           (SD3Transformer2DModel)
+    8. the copy detector  says whether two pictures are copies of one                  (CLIPVisionModelWithProjection)
+    9. the report         does an independent CLIP recognise what the prompts ask for?
 
-Run (about three hours on two cores; killed at any moment, the same command goes on):
+Run (about five hours on two cores; killed at any moment, the same command goes on):
 
     python emoji/train.py                    # fetches the pictures with npm unless emoji/images/ is there
-    python emoji/train.py --report-only      # only part 6: scores emoji/sd and draws the contact sheet
+    python emoji/train.py --report-only      # only part 9: scores the models and draws the contact sheets
 
 Every random draw comes from (--seed, part, step), so a resumed run repeats the undisturbed one.
 """
 
 import argparse
+import copy
 import io
 import json
 import math
@@ -31,13 +36,35 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDPMPipeline,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    PNDMScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+    UNet2DModel,
+)
 from PIL import Image, ImageDraw
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from tqdm import tqdm
-from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTextModel, CLIPTokenizer
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+)
 
 HERE = Path(__file__).resolve().parent
 STYLES = ("noto", "twemoji", "fluent")
@@ -47,12 +74,16 @@ SIZE, MARGIN, COLUMNS = 64, 4, 20  # pixels of a picture, white border around th
 UNNAMED = {"noto": 0.66, "twemoji": 0.12, "fluent": 0.42}  # share of the captions that leave the style out
 # Where the cycles of each part end, in steps. The rate restarts with a cycle and falls to nothing: a later cycle adds what the
 # first one had no eye for yet.
-CYCLES = {"vae": (1600, 3000), "reader": (550, 1000), "scorer": (1100, 2000, 3200), "unet": (6000, 11000)}
+CYCLES = {"vae": (1600, 3000), "reader": (550, 1000), "scorer": (1100, 2000, 3200), "unet": (6000, 11000),
+          "ddpm": (5000,), "sd3": (10000,), "copy": (1000,)}  # fmt: skip
+# What the DDPM draws: the groups of concepts.json that look back at you.
+CREATURES = {"face", "monster", "cat", "dog", "big cat", "bear", "monkey", "wild animal", "farm animal", "rodent", "bird",
+             "reptile", "sea animal", "fish", "bug"}  # fmt: skip
 
 
 def parse_args():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--out", type=Path, default=HERE, help="folder that receives images/, sd/ and clip/")
+    p.add_argument("--out", type=Path, default=HERE, help="folder that receives images/, sd/, clip/ and the rest")
     p.add_argument("--work", type=Path, default=Path("runs/emoji"), help="checkpoints and progress pictures")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -200,6 +231,17 @@ def adamw(*groups, weight_decay=0.01):
     return torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)
 
 
+def half(module):
+    """A copy in half precision, to be saved."""
+    return copy.deepcopy(module).half()
+
+
+def picture(x):
+    """A tensor (3, H, W) in [-1, 1] as a PIL picture."""
+    x = ((x.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).contiguous()
+    return Image.frombytes("RGB", (x.shape[1], x.shape[0]), bytes(x.flatten().tolist()))
+
+
 def write_text(path, text):
     tmp = path.with_suffix(".tmp")
     tmp.write_text(text)
@@ -256,7 +298,7 @@ def train_tokenizer(data, seed, vocab_size=2048):
 
 
 def tokenize(tokenizer, texts, device, padding="max_length"):
-    ids = tokenizer(texts, padding=padding, truncation=True, max_length=77, return_tensors="pt").input_ids
+    ids = tokenizer(texts, padding=padding, truncation=True, return_tensors="pt").input_ids
     return ids.to(device)  # (B, 77), or (B, longest)
 
 
@@ -362,12 +404,15 @@ def train_clip(args, data, images, tokenizer, which, text_width, vision_width):
     return clip.eval()
 
 
+def image_processor():
+    size, gray = {"height": SIZE, "width": SIZE}, [0.5, 0.5, 0.5]
+    return CLIPImageProcessorPil(size={"shortest_edge": SIZE}, crop_size=size, image_mean=gray, image_std=gray)
+
+
 def save_clip(clip, tokenizer, folder):
-    clip.half().save_pretrained(folder)
+    half(clip).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    half = [0.5, 0.5, 0.5]
-    CLIPImageProcessorPil(size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE},
-                          image_mean=half, image_std=half).save_pretrained(folder)  # fmt: skip
+    image_processor().save_pretrained(folder)
 
 
 # ---- 5. the UNet ----------------------------------------------------------------------------------------------
@@ -459,7 +504,197 @@ def save_pipeline(folder, model, vae, tokenizer, scheduler):
     return pipe
 
 
-# ---- 6. the report --------------------------------------------------------------------------------------------
+# ---- 6. the DDPM ------------------------------------------------------------------------------------------------
+
+
+def write_creatures(folder, data, images):
+    """Writes the DDPM's pictures as files of 32x32 pixels, folder/STYLE-NAME.png. Returns them, (n, 3, 32, 32) in [-1, 1]."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tiles = []
+    for entry, drawings in zip(data["emoji"], images, strict=True):
+        if CREATURES & entry["groups"].keys():
+            for style, x in zip(STYLES, drawings, strict=True):
+                tile = picture(x).resize((SIZE // 2,) * 2, Image.LANCZOS)
+                tile.save(folder / f"{style}-{entry['name'].replace(' ', '-')}.png", optimize=True)
+                tiles.append(torch.frombuffer(bytearray(tile.tobytes()), dtype=torch.uint8).view(SIZE // 2, SIZE // 2, 3))
+    return torch.stack(tiles).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def train_ddpm(args, x0):
+    """Ho et al. 2020 in pixels, with the noise schedule of google/ddpm-celebahq-256; min-SNR-5 weights, averaged weights."""
+    torch.manual_seed(args.seed)
+    unet = UNet2DModel(
+        sample_size=SIZE // 2, in_channels=3, out_channels=3, layers_per_block=1, block_out_channels=(32, 64, 112),
+        norm_num_groups=8, attention_head_dim=16, down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
+    ).to(args.device)  # fmt: skip
+    scheduler = DDPMScheduler(beta_start=0.0001, beta_end=0.02, beta_schedule="linear")
+    alpha_bar = scheduler.alphas_cumprod.to(args.device)
+    optimizer = adamw((unet, 1e-3))
+    ema = torch.optim.swa_utils.AveragedModel(unet, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.998))
+    checkpoint = args.work / "ddpm.safetensors"
+    start, steps = load_checkpoint(checkpoint, optimizer, unet=unet, ema=ema), cycle(args, "ddpm")[-1]
+    bar = tqdm(range(start, steps), "ddpm", initial=start, total=steps)
+    for step in bar:
+        _, g = draws(args.seed, "ddpm", step)
+        x = x0[torch.randint(len(x0), (32,), generator=g)].to(args.device)  # (B, 3, 32, 32)
+        noise = torch.randn(x.shape, generator=g).to(x.device)
+        t = torch.randint(0, 1000, (len(x),), generator=g).to(x.device)
+        a = alpha_bar[t].view(-1, 1, 1, 1)
+        with torch.autocast(torch.device(args.device).type, torch.bfloat16):
+            eps = unet(a.sqrt() * x + (1 - a).sqrt() * noise, t).sample
+        snr = alpha_bar[t] / (1 - alpha_bar[t])
+        loss = ((eps.float() - noise).square().mean((1, 2, 3)) * snr.clamp(max=5) / snr).mean()
+        cosine_lr(optimizer, step, steps)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.update_parameters(unet)
+        if step % 50 == 0:
+            bar.set_postfix(loss=f"{loss.item():.4f}")
+        if (step + 1) % 500 == 0 or step + 1 == steps:
+            save_checkpoint(checkpoint, step + 1, optimizer, unet=unet, ema=ema)
+    DDPMPipeline(half(ema.module), scheduler).save_pretrained(args.out / "ddpm")
+
+
+# ---- 7. the transformer -----------------------------------------------------------------------------------------
+
+
+class CountedRow:
+    """Attention in which the last caption row counts 256 times, exactly as if it stood there 256 times.
+
+    Stable Diffusion 3 appends 256 zero rows to a caption when its T5 text encoder is left out. They have no positions, so they
+    stay alike through all layers: one row, with log 256 added to its attention logits, does the same in a quarter of the time.
+    """
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None):
+        heads = lambda x, norm=None: (norm or torch.nn.Identity())(x.unflatten(-1, (attn.heads, -1)).transpose(1, 2))  # noqa: E731
+        x, c = hidden_states, encoder_hidden_states  # (B, 64, D), (B, rows, D)
+        q = torch.cat([heads(attn.to_q(x), attn.norm_q), heads(attn.add_q_proj(c), attn.norm_added_q)], 2)
+        k = torch.cat([heads(attn.to_k(x), attn.norm_k), heads(attn.add_k_proj(c), attn.norm_added_k)], 2)
+        v = torch.cat([heads(attn.to_v(x)), heads(attn.add_v_proj(c))], 2)  # (B, heads, 64 + rows, D / heads)
+        bias = torch.zeros(k.shape[2], dtype=q.dtype, device=q.device)
+        bias[-1] = math.log(256)
+        y = F.scaled_dot_product_attention(q, k, v.to(q.dtype), bias.expand(1, 1, q.shape[2], -1))
+        x, c = y.transpose(1, 2).flatten(2).split([x.shape[1], c.shape[1]], 1)
+        return attn.to_out[0](x), c if attn.context_pre_only else attn.to_add_out(c)
+
+
+def encode_captions(model, ids):
+    """As StableDiffusion3Pipeline does without T5, but for one zero row in place of 256: (B, 33, D) and (B, D)."""
+    a, b = (model[name](ids, output_hidden_states=True) for name in ("text_encoder", "text_encoder_2"))
+    rows = torch.cat([a.hidden_states[-2], b.hidden_states[-2]], -1)
+    return F.pad(rows, (0, 0, 0, 1)), torch.cat([a.text_embeds, b.text_embeds], -1)
+
+
+def train_sd3(args, data, latents, vae, tokenizer):
+    """Rectified flow (Esser et al. 2024) on latents: z_s = (1 - s) z + s noise, velocity noise - z, s drawn logit-normally."""
+    torch.manual_seed(args.seed)
+    ends = dict(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.eos_token_id)
+
+    def encoder(width):
+        return CLIPTextModelWithProjection(CLIPTextConfig(
+            vocab_size=len(tokenizer), max_position_embeddings=32, hidden_size=width, intermediate_size=4 * width,
+            num_hidden_layers=2, num_attention_heads=4, projection_dim=width, **ends))  # fmt: skip
+
+    transformer = SD3Transformer2DModel(
+        sample_size=16, patch_size=2, in_channels=4, out_channels=4, pos_embed_max_size=8, num_layers=4, attention_head_dim=32,
+        num_attention_heads=4, caption_projection_dim=128, joint_attention_dim=160, pooled_projection_dim=160,
+        qk_norm="rms_norm",
+    )  # fmt: skip
+    model = torch.nn.ModuleDict({"transformer": transformer, "text_encoder": encoder(96), "text_encoder_2": encoder(64)})
+    model.to(args.device)
+    transformer.set_attn_processor(CountedRow())
+    optimizer = adamw((model, 1e-3))
+    ema = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.999))
+    checkpoint = args.work / "sd3.safetensors"
+    start, steps = load_checkpoint(checkpoint, optimizer, model=model, ema=ema), cycle(args, "sd3")[-1]
+    bar = tqdm(range(start, steps), "sd3", initial=start, total=steps)
+    for step in bar:
+        rng, g = draws(args.seed, "sd3", step)
+        picks = [(rng.randrange(len(latents)), rng.randrange(3)) for _ in range(32)]
+        z = torch.stack([latents[n, s, 0] for n, s in picks])  # (B, 4, 16, 16)
+        texts = [caption(data["emoji"][n], STYLES[s], data["styles"], rng) for n, s in picks]
+        texts = ["" if rng.random() < 0.1 else t for t in texts]  # the null prompt, for classifier-free guidance
+        noise = torch.randn(z.shape, generator=g).to(z.device)
+        sigma = torch.randn(len(z), generator=g).sigmoid().to(z.device)
+        s = sigma.view(-1, 1, 1, 1)
+        with torch.autocast(torch.device(args.device).type, torch.bfloat16):
+            rows, pooled = encode_captions(model, tokenize(tokenizer, texts, args.device))
+            v = transformer((1 - s) * z + s * noise, rows, pooled, 1000 * sigma).sample
+        loss = F.mse_loss(v.float(), noise - z)
+        cosine_lr(optimizer, step, steps)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.update_parameters(model)
+        if step % 50 == 0:
+            bar.set_postfix(loss=f"{loss.item():.4f}")
+        if (step + 1) % 500 == 0 or step + 1 == steps:
+            save_checkpoint(checkpoint, step + 1, optimizer, model=model, ema=ema)
+    vae = half(vae)
+    vae.register_to_config(shift_factor=0.0, _name_or_path="")
+    parts = {name: half(module) for name, module in ema.module.items()}
+    none = dict(text_encoder_3=None, tokenizer_3=None)
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    pipe = StableDiffusion3Pipeline(vae=vae, tokenizer=tokenizer, tokenizer_2=tokenizer, scheduler=scheduler, **parts, **none)
+    pipe.save_pretrained(args.out / "sd3")
+
+
+# ---- 8. the copy detector ---------------------------------------------------------------------------------------
+
+
+def train_copy_detector(args, data, images):
+    """SSCD (Pizzi et al. 2022) in miniature: two views of one drawing attract, all others repel and spread evenly."""
+    torch.manual_seed(args.seed)
+    net = CLIPVisionModelWithProjection(CLIPVisionConfig(hidden_size=80, intermediate_size=320, num_hidden_layers=3,
+                num_attention_heads=4, image_size=SIZE, patch_size=8, projection_dim=64)).to(args.device)  # fmt: skip
+    optimizer = adamw((net, 1e-3), weight_decay=0.05)
+    checkpoint = args.work / "copy.safetensors"
+    start, steps = load_checkpoint(checkpoint, optimizer, net=net), cycle(args, "copy")[-1]
+    everything = images.flatten(0, 1)
+    members = {}
+    for n, entry in enumerate(data["emoji"]):
+        for group in entry["groups"]:
+            members.setdefault(group, []).extend((3 * n, 3 * n + 1, 3 * n + 2))
+
+    def view(x, g):
+        """What happens to a copy: moved, half the resolution, blurred, noisy, other colours. (B, 3, 64, 64), same shape."""
+        dx, dy = torch.randint(-3, 4, (2,), generator=g).tolist()
+        x, r = x.roll((dy, dx), (-2, -1)), torch.rand(len(x), 4, 1, 1, 1, generator=g)
+        rough = F.interpolate(F.avg_pool2d(x, 2), scale_factor=2, mode="bicubic")
+        x = torch.where(r[:, 0] < 0.5, rough, x)
+        x = torch.lerp(x, F.avg_pool2d(F.pad(x, (2,) * 4, "replicate"), 5, 1), r[:, 1])
+        gain = 1 + 0.2 * (torch.rand(len(x), 3, 1, 1, generator=g) - 0.5)
+        return (x * gain + 0.3 * r[:, 2] * torch.randn(x.shape, generator=g)).clamp(-1, 1)
+
+    bar = tqdm(range(start, steps), "copy detector", initial=start, total=steps)
+    for step in bar:
+        rng, g = draws(args.seed, "copy", step)
+        near = [p for group in rng.sample(list(members), 2) for p in members[group]]  # other drawings of one thing: not copies
+        picks = list(dict.fromkeys(rng.sample(near, min(32, len(near))) + rng.sample(range(len(everything)), 64)))[:64]
+        x = torch.cat([view(everything[picks], g), view(everything[picks], g)]).to(args.device)  # (2B, 3, 64, 64)
+        with torch.autocast(torch.device(args.device).type, torch.bfloat16):
+            e = F.normalize(net(x).image_embeds.float(), dim=-1)  # (2B, 64)
+        cos = (e @ e.T).fill_diagonal_(-1)
+        partner = torch.arange(len(e), device=e.device).roll(len(picks))
+        others = cos.scatter(1, partner[:, None], -1).amax(1)  # the nearest that is no copy
+        spread = -(2 - 2 * others).clamp(min=1e-4).sqrt().log().mean()
+        loss = F.cross_entropy(cos / 0.05, partner) + spread
+        cosine_lr(optimizer, step, steps)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 50 == 0:
+            pair = cos.gather(1, partner[:, None]).mean()
+            bar.set_postfix(loss=f"{loss.item():.3f}", copies=f"{pair:.2f}", nearest_other=f"{others.mean():.2f}")
+        if (step + 1) % 250 == 0 or step + 1 == steps:
+            save_checkpoint(checkpoint, step + 1, optimizer, net=net)
+    half(net).save_pretrained(args.out / "copy")
+    image_processor().save_pretrained(args.out / "copy")
+
+
+# ---- 9. the report --------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -531,6 +766,9 @@ def main(args):
                                       if k.startswith("text_model.")})  # fmt: skip
         latents = cache_latents(args, vae, images, data)
         train_unet(args, data, latents, vae, text_encoder, tokenizer)
+        train_ddpm(args, write_creatures(args.out / "creatures", data, images))
+        train_sd3(args, data, latents, vae, CLIPTokenizer.from_pretrained(folder, model_max_length=32))
+        train_copy_detector(args, data, images)
     report(args, data, images)
 
 
