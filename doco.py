@@ -316,7 +316,7 @@ def unlearn(args):
     for step in bar:
         # Draws for the whole batch on every rank, from (seed, step) alone; each rank keeps its slice: N processes compute
         # what one does, and a resumed run needs no saved random state.
-        g = torch.Generator().manual_seed((args.seed << 32) + step)
+        g = torch.Generator().manual_seed(args.seed * 1_000_003 + step)  # 32 bits count
         mine, train_unet = slice(rank * batch // world, (rank + 1) * batch // world), step >= warmup
         i, i_r = torch.randint(n_images, (2, batch), generator=g)[:, mine].tolist()
         t, t_r = torch.randint(len(alpha_bar), (2, batch), generator=g)[:, mine].to(device)

@@ -3,12 +3,19 @@
     python eval.py concept --before emoji/sd --after runs/doco-grumpy-cat --target "Grumpy Cat" --anchor Cat
     python eval.py concept --before CompVis/stable-diffusion-v1-4 --after runs/doco-snoopy --target Snoopy --anchor Dog \\
         --ood "Charlie Brown's beagle" --keep Mickey Spongebob Pikachu
+    python eval.py instance --before emoji/ddpm --after runs/instance-fluent-cowboy-hat-face \\
+        --forget emoji/creatures/fluent-cowboy-hat-face.png --real emoji/creatures
 
-CS, CLIP score (Hessel et al. 2021, scale of DoCo's tables): 2.5 * max(cos(picture, concept), 0) * 100, mean over pictures.
-CA, CLIP accuracy: share of pictures, in per cent, that CLIP finds nearer the concept than its rival. The rival is the
-anchor, for the target, its nicknames and all that should stay; for the anchor it is the target.
+A concept (DoCo). CS, CLIP score (Hessel et al. 2021, scale of DoCo's tables): 2.5 * max(cos(picture, concept), 0) * 100,
+mean over pictures. CA, CLIP accuracy: share of pictures, in per cent, that CLIP finds nearer the concept than its rival.
+The rival is the anchor, for the target, its nicknames and all that should stay; for the anchor it is the target.
 Prompts are of five kinds: target; ood (out of distribution: no word of the target, yet they draw it); anchor; related
 (neighbours of the target, hardest to keep: known for the embedded model alone); unrelated.
+
+A picture (prompt-free instance unlearning). Copy similarity: the picture is noised to t = 250 of 1000 and denoised, by 251
+ancestral steps (flow matching: noised half, s = 0.5, 25 Euler steps, no guidance); a copy detector compares what comes out
+with the picture. Under 0.4 it counts as forgotten, if the rest is whole: SSIM and a perceptual distance between pictures
+drawn from the same seeds before and after; FID_pre, of the pictures after against those before; FID_real, against real ones.
 
 Writes into --out: metrics.json, before_after.png and, where there is a log.jsonl, curves.png.
 """
@@ -21,11 +28,15 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+from diffusers import DDIMPipeline, DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline
 from PIL import Image, ImageDraw, ImageFont
 from safetensors.torch import load_file
+from torchmetrics.functional.image import structural_similarity_index_measure
+from torchmetrics.image.fid import FrechetInceptionDistance
 from tqdm import tqdm
-from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
+from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer, CLIPVisionModelWithProjection
+
+from instance_unlearn import load_pipeline, read_any, read_exact, to_image
 
 HERE = Path(__file__).resolve().parent
 KINDS = ("target", "ood", "anchor", "related", "unrelated")
@@ -34,18 +45,24 @@ STYLE_SUBJECTS = ("cat", "dog", "penguin", "frog", "rose", "pizza", "banana", "g
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("task", choices=("concept",))
-    p.add_argument("--before", required=True, help="the original model: pipeline folder or hub id")
-    p.add_argument("--after", type=Path, required=True, help="pipeline folder, or a run folder with delta.safetensors")
-    p.add_argument("--target", nargs="+", required=True)
-    p.add_argument("--anchor", nargs="+", required=True)
-    p.add_argument("--concept-type", choices=("object", "style"), default="object")
-    p.add_argument("--ood", nargs="*", help="prompts without the target's words that draw it (emoji model: nicknames)")
-    p.add_argument("--keep", nargs="*", help="unrelated concepts (emoji model: four neighbours, six strangers)")
-    p.add_argument("--clip", help="CLIP folder or hub id (default: emoji/clip for toys, else openai/clip-vit-base-patch32)")
-    p.add_argument("--num-images", type=int, help="pictures per prompt (default: 2 to 8, about 128 in all)")
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--out", type=Path, help="where the report goes (default: --after)")
+    tasks = p.add_subparsers(dest="task", required=True)
+    concept, instance = tasks.add_parser("concept"), tasks.add_parser("instance")
+    for q in (concept, instance):
+        q.add_argument("--before", required=True, help="the original model: pipeline folder or hub id")
+        q.add_argument("--after", type=Path, required=True, help="a run folder or a pipeline folder")
+        q.add_argument("--clip", help="folder or hub id (default: emoji/clip for toys, else openai/clip-vit-base-patch32)")
+        q.add_argument("--num-images", type=int, help="concept: per prompt (default: about 128 in all); instance: in all")
+        q.add_argument("--seed", type=int, default=0)
+        q.add_argument("--out", type=Path, help="where the report goes (default: --after)")
+    concept.add_argument("--target", nargs="+", required=True)
+    concept.add_argument("--anchor", nargs="+", required=True)
+    concept.add_argument("--concept-type", choices=("object", "style"), default="object")
+    concept.add_argument("--ood", nargs="*", help="prompts without the target's words that draw it (emoji model: nicknames)")
+    concept.add_argument("--keep", nargs="*", help="unrelated concepts (emoji model: four neighbours, six strangers)")
+    instance.add_argument("--forget", nargs="+", type=Path, required=True, metavar="FILE", help="what should be forgotten")
+    instance.add_argument("--prompt", default="", help="the prompt that drew them (Stable Diffusion)")
+    instance.add_argument("--real", type=Path, help="folder of real pictures, for FID_real")
+    instance.add_argument("--sscd", help="TorchScript file of the copy detector (default: emoji/copy for toys, else none)")
     return p.parse_args(argv)
 
 
@@ -65,6 +82,12 @@ def clip_accuracy(image_emb, concept_emb, rival_emb):
     """CA per picture: 100 where it is nearer the concept than the rival, else 0. Embeddings (n, d) -> (n,)."""
     nearer = F.cosine_similarity(image_emb, concept_emb, dim=-1) > F.cosine_similarity(image_emb, rival_emb, dim=-1)
     return 100.0 * nearer
+
+
+def write_report(out, report):
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "metrics.json.tmp").write_text(json.dumps(report, indent=1))
+    os.replace(out / "metrics.json.tmp", out / "metrics.json")
 
 
 # ---- 2. what to draw and how to judge it ------------------------------------------------------------------------
@@ -222,11 +245,10 @@ def draw_curves(log, path):
     image.save(path)
 
 
-# ---- 5. the run ---------------------------------------------------------------------------------------------------
+# ---- 5. a concept -------------------------------------------------------------------------------------------------
 
 
-def main(args):
-    device = torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+def concept(args, device):
     pipe, weights_before, weights_after = load_models(args, device)
     toy = pipe.unet.config.sample_size < 32
     clip_name = args.clip or (str(HERE / "emoji/clip") if toy else "openai/clip-vit-base-patch32")
@@ -254,9 +276,7 @@ def main(args):
         scores = {f"{m}_{when}": round(per_row[when][j][i].item(), 2) for j, m in enumerate(("CA", "CS")) for when in per_row}
         report["prompts"].append({"kind": kind, "prompt": prompt, "concept": concept, "rival": rival, **scores})
 
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "metrics.json.tmp").write_text(json.dumps(report, indent=1))
-    os.replace(out / "metrics.json.tmp", out / "metrics.json")
+    write_report(out, report)
     draw_before_after(rows, pictures["before"], pictures["after"], n, out / "before_after.png")
     if (out / "log.jsonl").is_file():
         draw_curves([json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()], out / "curves.png")
@@ -271,5 +291,220 @@ def main(args):
     print(f"pictures: {out / 'before_after.png'}")
 
 
+# ---- 6. a picture -------------------------------------------------------------------------------------------------
+
+
+class Features(torch.nn.Module):
+    """A CLIP's eyes. Pictures (n, 3, H, W) in [0, 1] -> (n, d) for FID, and per layer for the perceptual distance."""
+
+    def __init__(self, folder, device):
+        super().__init__()
+        clip = CLIPModel.from_pretrained(folder, use_safetensors=True, dtype=torch.float32).to(device).eval()
+        self.clip, self.size, self.num_features = clip, clip.config.vision_config.image_size, clip.config.projection_dim
+        processor = CLIPImageProcessorPil.from_pretrained(folder)
+        stats = processor.image_mean, processor.image_std
+        self.mean, self.std = (torch.tensor(v, device=device).view(3, 1, 1) for v in stats)
+
+    def vision(self, x):
+        x = F.interpolate(x, (self.size, self.size), mode="bicubic", antialias=True).clamp(0, 1)
+        return self.clip.vision_model((x - self.mean) / self.std, output_hidden_states=True)
+
+    @torch.no_grad()
+    def forward(self, x):
+        return self.clip.visual_projection(self.vision(x).pooler_output)
+
+    @torch.no_grad()
+    def distance(self, x, y):
+        """As LPIPS (Zhang et al. 2018) without its learned weights: squared distance of unit features, over layers -> (n,)."""
+        layers = zip(self.vision(x).hidden_states, self.vision(y).hidden_states, strict=True)
+        unit = lambda h: F.normalize(h, dim=-1)  # noqa: E731
+        return torch.stack([(unit(a) - unit(b)).square().sum(-1).mean(1) for a, b in layers]).mean(0)
+
+
+def load_copy_detector(args, toy, device):
+    """A function of pictures (n, 3, H, W) in [0, 1] -> unit vectors (n, d), and its name; None where there is none."""
+    if args.sscd:
+        try:
+            net = torch.jit.load(args.sscd, map_location=device).eval()
+        except (RuntimeError, ValueError) as e:
+            stop(f"--sscd {args.sscd} cannot be loaded as TorchScript: {str(e).splitlines()[0]}")
+        mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+        resize = lambda x: F.interpolate(x, (320, 320), mode="bilinear", antialias=True)  # noqa: E731
+        return lambda x: F.normalize(net((resize(x.to(device)) - mean) / std), dim=-1).cpu(), Path(args.sscd).name
+    if not toy:
+        return None, "not measured: give the file of SSCD with --sscd"
+    net = CLIPVisionModelWithProjection.from_pretrained(HERE / "emoji/copy", dtype=torch.float32).to(device).eval()
+    resize = lambda x: F.interpolate(x, (64, 64), mode="bicubic", antialias=True).clamp(0, 1)  # noqa: E731
+    return lambda x: F.normalize(net(resize(x.to(device)) * 2 - 1).image_embeds, dim=-1).cpu(), "emoji/copy"
+
+
+class Drawer:
+    """One model, whatever its family: draws from seeds, and denoises a noised picture."""
+
+    def __init__(self, model, prompt, device):
+        self.pipe = load_pipeline(model, dtype=torch.float32).to(device)
+        self.pipe.set_progress_bar_config(disable=True)
+        self.family, self.prompt, self.device = type(self.pipe).__name__, prompt, device
+        self.ddpm, self.flow = self.family == "DDPMPipeline", self.family == "StableDiffusion3Pipeline"
+        self.net = self.pipe.transformer if self.flow else self.pipe.unet
+        side = self.net.config.sample_size
+        self.toy, self.size = (side <= 64, side) if self.ddpm else (side < 32, side * self.pipe.vae_scale_factor)
+
+    def become(self, after):
+        """Takes the weights of a run folder (its LoRA, or its pipeline) or of a pipeline folder."""
+        folder = after / "pipeline" if (after / "pipeline").is_dir() else after
+        name = "transformer" if self.flow else "unet"
+        if (after / "pytorch_lora_weights.safetensors").is_file():
+            self.pipe.load_lora_weights(after)
+        elif (folder / name).is_dir():
+            self.net.load_state_dict(type(self.net).from_pretrained(folder / name, use_safetensors=True).state_dict())
+        else:
+            stop(f"--after {after}: expected pipeline/ or pytorch_lora_weights.safetensors (a run folder) or {name}/ there")
+
+    @torch.no_grad()
+    def draw(self, seeds, label):  # -> (n, 3, H, W) in [0, 1]
+        pipe, chunk = self.pipe, 32 if self.toy else 4
+        options = {"prompt": self.prompt, "guidance_scale": 4.0 if self.toy else 7.0}
+        if self.ddpm:
+            pipe, options = DDIMPipeline(self.net, DDIMScheduler.from_config(self.pipe.scheduler.config)), {}
+            pipe.set_progress_bar_config(disable=True)
+        pictures = []
+        for i in tqdm(range(0, len(seeds), chunk), label):
+            g = [torch.Generator().manual_seed(s) for s in seeds[i : i + chunk]]
+            many = {"batch_size": len(g)} if self.ddpm else {"num_images_per_prompt": len(g)}
+            x = pipe(generator=g, num_inference_steps=25, output_type="np", **many, **options).images
+            pictures.append(torch.from_numpy(x).permute(0, 3, 1, 2).float())
+        return torch.cat(pictures)
+
+    @torch.no_grad()
+    def probe(self, x, seed, n=4):
+        """Noises one picture (3, H, W) in [-1, 1] in n ways and denoises it again -> (n, 3, H, W) in [0, 1]."""
+        g, pipe = torch.Generator().manual_seed(seed), self.pipe
+        z, cond = x[None].to(self.device), {}
+        if not self.ddpm:
+            vae = pipe.vae.config
+            z = (pipe.vae.encode(z).latent_dist.mode() - (vae.shift_factor or 0)) * vae.scaling_factor
+            if self.flow:
+                rows, _, pooled, _ = pipe.encode_prompt(self.prompt, None, None, do_classifier_free_guidance=False)
+                cond = {"encoder_hidden_states": rows.expand(n, -1, -1), "pooled_projections": pooled.expand(n, -1)}
+            else:
+                rows, _ = pipe.encode_prompt(self.prompt, self.device, 1, False)
+                cond = {"encoder_hidden_states": rows.expand(n, -1, -1)}
+        noise = torch.randn(n, *z.shape[1:], generator=g).to(self.device)
+        predict = lambda z, t: self.net(z, timestep=torch.full((n,), t, device=self.device), **cond).sample  # noqa: E731
+        if self.flow:
+            z = (z + noise) / 2
+            for k in range(25, 0, -1):
+                z = z - 0.02 * predict(z, 20.0 * k)
+        else:
+            scheduler = DDPMScheduler.from_config(pipe.scheduler.config, clip_sample=self.ddpm)
+            scheduler.set_timesteps(1000)
+            z = scheduler.add_noise(z, noise, torch.tensor([250]))
+            for t in range(250, -1, -1):
+                z = scheduler.step(predict(z, t), t, z, generator=g).prev_sample
+        if not self.ddpm:
+            z = pipe.vae.decode(z / vae.scaling_factor + (vae.shift_factor or 0)).sample
+        return (z.clamp(-1, 1).cpu() + 1) / 2
+
+
+def draw_instances(x_f, surrogates, probes, samples, copies, path, tile=96):
+    """Above: picture, surrogate, three probes before | after. Below: same-seed pictures before over after, copies first."""
+    font, left, top, shown = ImageFont.load_default(size=13), 76, 26, 8
+    order = (sorted(range(len(copies)), key=lambda i: -copies[i])[: shown // 2] if max(copies) >= 0.4 else [])
+    order += [i for i in range(len(copies)) if i not in order][: shown - len(order)]
+    height = top + len(x_f) * tile + 2 * top + 2 * tile
+    image = Image.new("RGB", (left + shown * tile + 8, height), "white")
+    pen = ImageDraw.Draw(image)
+
+    def put(x, column, y):
+        image.paste(to_image(2 * x - 1).resize((tile - 4, tile - 4), Image.LANCZOS), (left + column * tile, y))
+
+    for column, title in ((0, "to forget"), (1, "surrogate"), (2, "probe: before"), (5, "probe: after")):
+        pen.text((left + column * tile, 6), title, fill="black", font=font)
+    for k, x in enumerate(x_f):
+        y = top + k * tile
+        put((x + 1) / 2, 0, y)
+        if surrogates[k]:
+            image.paste(surrogates[k].resize((tile - 4, tile - 4), Image.LANCZOS), (left + tile, y))
+        for column in range(3):
+            put(probes["before"][k][column], 2 + column, y)
+            put(probes["after"][k][column], 5 + column, y)
+    y = top + len(x_f) * tile + top
+    title = "same seeds" + (" (copies of the forgotten picture first)" if max(copies) >= 0.4 else "")
+    pen.text((left, y - 20), title, fill="black", font=font)
+    for line, when in enumerate(("before", "after")):
+        pen.text((8, y + line * tile + tile // 2 - 10), when, fill="black", font=font)
+        for column, i in enumerate(order):
+            put(samples[when][i], column, y + line * tile)
+    image.save(path)
+
+
+def instance(args, device):
+    drawer, out = Drawer(args.before, args.prompt, device), args.out or args.after
+    if drawer.ddpm and args.prompt:
+        stop(f"--prompt {args.prompt!r}: {args.before} is unconditional, it takes no prompt")
+    clip_name = args.clip or (str(HERE / "emoji/clip") if drawer.toy else "openai/clip-vit-base-patch32")
+    detect, detector = load_copy_detector(args, drawer.toy, device)
+    x_f = [read_exact(f, drawer.size, "--forget") for f in args.forget]
+    seeds = [args.seed * 1_000_003 + 500_000 + k for k in range(args.num_images or 128)]  # not those of instance_unlearn.py
+    probes, samples = {}, {}
+    for when in ("before", "after"):
+        if when == "after":
+            drawer.become(args.after)
+        probes[when] = [drawer.probe(x, args.seed + 7, n=4) for x in tqdm(x_f, f"probing {when}")]
+        samples[when] = drawer.draw(seeds, f"drawing {when}")
+
+    report = {"forget": [str(f) for f in args.forget], "prompt": args.prompt, "seed": args.seed, "copy_detector": detector,
+              "features": clip_name, "probe": "t = 250, ancestral" if not drawer.flow else "s = 0.5, Euler", "n_probes": 4,
+              "n": len(seeds), "pictures": []}  # fmt: skip
+    copies = torch.zeros(len(seeds))  # similarity of what was drawn before to the nearest picture to forget
+    for k, x in enumerate(x_f if detect else []):
+        with torch.no_grad():
+            truth, before, after = (detect(y) for y in ((x[None] + 1) / 2, probes["before"][k], probes["after"][k]))
+            drawn = {when: detect(samples[when]) @ truth[0] for when in samples}
+        copies = torch.maximum(copies, drawn["before"])
+        row = {"before": (before @ truth[0]).mean(), "after": (after @ truth[0]).mean()}
+        row["between"] = (before * after).sum(1).mean()  # the paper's SSCD: the two probes, noise by noise
+        row |= {f"copies_drawn_{when}": (sim >= 0.4).float().mean() for when, sim in drawn.items()}
+        report["pictures"].append({"file": str(args.forget[k])} | {name: round(v.item(), 3) for name, v in row.items()})
+
+    # What should stay: all pictures from the same seeds but those that were copies before
+    rest = copies < 0.4
+    features, b, a = Features(clip_name, device), samples["before"].to(device), samples["after"].to(device)
+    ssim = structural_similarity_index_measure(a[rest], b[rest], data_range=1.0, reduction="none")
+    report |= {"n_rest": int(rest.sum()), "ssim": ssim.mean().item()}
+    report["distance"] = features.distance(a[rest], b[rest]).mean().item()
+    real = None
+    if args.real:
+        files = sorted(f for f in args.real.rglob("*") if f.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
+        if len(files) < 2:
+            stop(f"--real {args.real}: expected a folder with at least two pictures")
+        real = torch.stack([(read_any(f, drawer.size) + 1) / 2 for f in files[:10_000]])
+    for name, reference in (("fid_pre", b), ("fid_real", real)):
+        if reference is not None:
+            fid = FrechetInceptionDistance(feature=features, normalize=True, input_img_size=tuple(a.shape[1:]))
+            for x, is_real in ((reference, True), (a, False)):
+                for part in x.split(64):
+                    fid.update(part.to(device), real=is_real)
+            report[name] = fid.compute().item()
+    report = {k: round(v, 4) if isinstance(v, float) else v for k, v in report.items()}
+    write_report(out, report)
+    surrogates = [Image.open(f) if (f := args.after / f"surrogate-{k}.png").is_file() else None for k in range(len(x_f))]
+    draw_instances(x_f, surrogates, probes, samples, copies.tolist(), out / "before_after.png")
+
+    print(f"\n{'copy similarity':44}{'before':>8}{'after':>8}    detector: {detector}")
+    for row in report["pictures"]:
+        verdict = "forgotten" if row["after"] < 0.4 else "NOT forgotten"
+        print(f"{Path(row['file']).name:44}{row['before']:8.2f}{row['after']:8.2f}    < 0.4: {verdict}")
+    print(f"{'SSIM (1 is unchanged)':44}{report['ssim']:16.3f}    {report['n_rest']} pictures, same seeds")
+    print(f"{'perceptual distance (0 is unchanged)':44}{report['distance']:16.3f}    features: {clip_name}")
+    for name, label in (("fid_pre", "FID_pre, against the pictures before"), ("fid_real", "FID_real, against real pictures")):
+        value = f"{report[name]:16.4f}    {len(seeds)} pictures" if name in report else "    not measured: give --real"
+        print(f"{label:44}{value}")
+    print(f"pictures: {out / 'before_after.png'}")
+
+
 if __name__ == "__main__":
-    main(parse_args())
+    args = parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    concept(args, device) if args.task == "concept" else instance(args, device)

@@ -5,6 +5,7 @@ product), the part of the forget gradient that would undo the kept knowledge is 
 
     lambda_projection    DoCo, Eq. 10 (Wu et al., AAAI 2025): step along the projected forget gradient alone
     forget_only          prompt-free instance unlearning, Eq. 12-13 (arXiv 2603.10445): project it, add the retain gradient
+    pcgrad               PCGrad (Yu et al., NeurIPS 2020), the same paper's ablation: project both, add them
 
 Three lines against a plain training loop:
 
@@ -75,6 +76,12 @@ def forget_only(g_f, g_r):
     # Eq. 13
     g_f, stats = _project(g_f, g_r, 1.0)
     return g_r + g_f, stats
+
+
+def pcgrad(g_f, g_r):
+    """PCGrad (Yu et al. 2020) for two losses: each gradient (n,) goes off the other where they conflict; their sum (n,)."""
+    projected_f, stats = _project(g_f, g_r, 1.0)
+    return projected_f + _project(g_r, g_f, 1.0)[0], stats
 
 
 def write_grad(params, flat):

@@ -1,4 +1,4 @@
-"""A tiny Stable Diffusion of random weights, in the very classes of v1.4, for everything that needs no trained model."""
+"""Tiny models of random weights, in the very classes of the papers' models, for everything that needs no trained one."""
 
 import os
 
@@ -6,10 +6,22 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the tests never ask a hub
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from diffusers import (
+    AutoencoderKL,
+    DDPMPipeline,
+    DDPMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    PNDMScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+    UNet2DModel,
+)
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 import doco
+import instance_unlearn
 
 
 @pytest.fixture(scope="session")
@@ -32,6 +44,64 @@ def tiny(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny") / "sd"
     pipe.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_ddpm(tmp_path_factory):
+    """Folder of a DDPM that draws 16x16 pixels."""
+    torch.manual_seed(0)
+    unet = UNet2DModel(sample_size=16, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=4, attention_head_dim=8,
+                       down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+                       up_block_types=("AttnUpBlock2D", "UpBlock2D"))  # fmt: skip
+    folder = tmp_path_factory.mktemp("tiny") / "ddpm"
+    DDPMPipeline(unet, DDPMScheduler()).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_sd3(tmp_path_factory):
+    """Folder of a Stable Diffusion 3 without T5, 8x8 latents of 16x16 pixels."""
+    torch.manual_seed(0)
+    tokenizer = CLIPTokenizer.from_pretrained(doco.HERE / "emoji/sd", subfolder="tokenizer")
+    text = CLIPTextConfig(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+                          num_attention_heads=2, projection_dim=16, bos_token_id=tokenizer.bos_token_id,
+                          eos_token_id=tokenizer.eos_token_id)  # fmt: skip
+    transformer = SD3Transformer2DModel(sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=2,
+                                        attention_head_dim=8, num_attention_heads=4, caption_projection_dim=32,
+                                        joint_attention_dim=32, pooled_projection_dim=32, pos_embed_max_size=8)  # fmt: skip
+    vae = AutoencoderKL(down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+                        block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4, sample_size=16, scaling_factor=0.5,
+                        shift_factor=0.1, use_quant_conv=False, use_post_quant_conv=False)  # fmt: skip
+    pipe = StableDiffusion3Pipeline(
+        transformer=transformer, vae=vae, tokenizer=tokenizer, tokenizer_2=tokenizer, tokenizer_3=None, text_encoder_3=None,
+        text_encoder=CLIPTextModelWithProjection(text), text_encoder_2=CLIPTextModelWithProjection(text),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0))  # fmt: skip
+    folder = tmp_path_factory.mktemp("tiny") / "sd3"
+    pipe.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory):
+    """Folder of five random pictures of 16x16 and 64x64 pixels: a, b, c, d.png and large.png."""
+    folder, g = tmp_path_factory.mktemp("photos"), torch.Generator().manual_seed(0)
+    for name, side in (*dict.fromkeys("abcd", 16).items(), ("large", 64)):
+        coarse = torch.rand(1, 3, 4, 4, generator=g) * 2 - 1
+        instance_unlearn.to_image(torch.nn.functional.interpolate(coarse, (side, side))[0]).save(folder / f"{name}.png")
+    return folder
+
+
+@pytest.fixture
+def forget(tiny_ddpm, tiny_sd3, tiny, photos, tmp_path):
+    """Runs instance_unlearn.unlearn on a tiny model with the given flags and returns the run folder."""
+
+    def run(*flags, out="run", model="ddpm", picture=None):
+        folder = {"ddpm": tiny_ddpm, "sd3": tiny_sd3, "sd": tiny}.get(model, model)
+        picture = picture or [photos / ("large.png" if model == "sd" else "a.png")]
+        argv = ["--model", str(folder), "--forget", *map(str, picture), "--remember", str(photos), "--batch-size", "4"]
+        return instance_unlearn.unlearn(instance_unlearn.parse_args([*argv, "--out", str(tmp_path / out), *flags]))
+
+    return run
 
 
 @pytest.fixture

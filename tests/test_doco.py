@@ -185,6 +185,16 @@ def test_same_seed_same_weights_other_seed_others(unlearn):
         same(runs[0], runs[2])
 
 
+def test_every_draw_follows_the_seed(unlearn, monkeypatch):
+    """Also those of the training steps: the generator looks at the lower 32 bits of its seed alone."""
+    drawn, randint = [], torch.randint
+    monkeypatch.setattr(torch, "randint", lambda *a, **k: (drawn.append(randint(*a, **k)), drawn[-1])[1])
+    for seed in "01":
+        unlearn("--steps", "2", "1", "--seed", seed, out=seed)
+    first, second = drawn[: len(drawn) // 2], drawn[len(drawn) // 2 :]
+    assert first and not any(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
 def test_init_goes_on_from_an_earlier_run(tiny, unlearn):
     first = unlearn("--steps", "4", "1", out="first")
     second = unlearn("--steps", "2", "2", "--init", str(first), out="second", target="Crying Cat")

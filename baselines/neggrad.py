@@ -1,0 +1,102 @@
+"""NegGrad: forget a picture by climbing its loss (Golatkar et al., CVPR 2020), as the rival of instance_unlearn.py, for a DDPM.
+
+    x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) eps              of a picture to remember and of the one to forget: same eps, same t
+    L_r = |eps - M(x_t^r, t)|^2,   L_f = |eps - M(x_t^f, t)|^2
+    L   = L_r - lam L_f                                  as Lee et al. (arXiv 2603.10445, Sec. III-A) state it
+    L   = -L_f                                           --ascent: without remembering, as SISS (Alberti et al.) compares it
+
+Nothing bounds L from below: stop early (their Sec. V: 10 steps).
+
+    python baselines/neggrad.py --forget emoji/creatures/fluent-cowboy-hat-face.png
+    python baselines/neggrad.py --model google/ddpm-celebahq-256 --forget face.png --remember celebahq/
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+from instance_unlearn import coefficients, load_pipeline, per_picture, read_any, read_exact, save_whole  # noqa: E402
+
+
+def parse_args(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--model", default=str(HERE.parent / "emoji/ddpm"), help="DDPM: folder or hub id")
+    p.add_argument("--forget", nargs="+", type=Path, required=True, metavar="FILE", help="several: one after another")
+    p.add_argument("--remember", type=Path, default=HERE.parent / "emoji/creatures", help="folder of pictures")
+    p.add_argument("--steps", type=int, default=10, help="updates per picture to forget")
+    p.add_argument("--batch-size", type=int, default=8)
+    p.add_argument("--lr", type=float, help="default: 5e-6, for emoji/ddpm 5e-5")
+    p.add_argument("--lam", type=float, default=1.0, help="weight of forgetting")
+    p.add_argument("--ascent", action="store_true", help="climb L_f alone, remember nothing")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--out", type=Path, help="run folder (default: runs/neggrad-PICTURE)")
+    return p.parse_args(argv)
+
+
+def stop(message):
+    sys.exit(f"neggrad.py: error: {message}")
+
+
+def loss_neggrad(error_r, error_f, lam):
+    """L_r - lam L_f (Lee et al., Sec. III-A), from squared errors per picture (B,), error_r None for pure ascent. 0-dim."""
+    return -error_f.mean() if error_r is None else (error_r - lam * error_f).mean()
+
+
+def unlearn(args):
+    """Runs NegGrad and returns the run folder."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    out = args.out or Path("runs") / ("neggrad-" + "-".join(f.stem for f in args.forget)[:80])
+    if (out / "pipeline").exists():
+        stop(f"{out} already holds a run; choose another --out")
+    pipe = load_pipeline(args.model, dtype=torch.float32).to(device)
+    if type(pipe).__name__ != "DDPMPipeline" or pipe.scheduler.config.prediction_type != "epsilon":
+        stop(f"--model {args.model}: expected a DDPM that predicts epsilon")
+    net, alpha_bar, size = pipe.unet.eval(), pipe.scheduler.alphas_cumprod.to(device), pipe.unet.config.sample_size
+    x_f = [read_exact(f, size, "--forget").to(device) for f in args.forget]
+    unwanted = [f.read_bytes() for f in args.forget]
+    files = sorted(args.remember.rglob("*.png")) + sorted(args.remember.rglob("*.jpg"))
+    files = [f for f in files if f.read_bytes() not in unwanted]
+    if not files:
+        stop(f"--remember {args.remember}: no png or jpg files there")
+    lr = args.lr or (5e-5 if size <= 64 else 5e-6)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=0, fused=True)
+    out.mkdir(parents=True, exist_ok=True)
+    log = []
+    for step in tqdm(range(args.steps * len(x_f)), "NegGrad"):
+        g = torch.Generator().manual_seed(args.seed * 1_000_003 + 100_000 + step)
+        i = torch.randint(len(files), (args.batch_size,), generator=g).tolist()
+        t = torch.randint(1000, (args.batch_size,), generator=g).to(device)
+        x_r = torch.stack([read_any(files[j], size) for j in i]).to(device)  # (B, 3, H, W)
+        eps = torch.randn(x_r.shape, generator=g).to(device)
+        a, b = coefficients(t, alpha_bar)
+        error_r = None if args.ascent else per_picture(net(a * x_r + b * eps, t).sample, eps)
+        error_f = per_picture(net(a * x_f[step // args.steps] + b * eps, t).sample, eps)
+        loss_neggrad(error_r, error_f, args.lam).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        row = {"step": step, "loss_f": error_f.mean().item()}
+        log.append(row if error_r is None else row | {"loss_r": error_r.mean().item()})
+    save_whole(out / "log.jsonl", text="".join(json.dumps(row) + "\n" for row in log))
+    settings = {k: [str(x) for x in v] if isinstance(v, list) else str(v) for k, v in vars(args).items()}
+    save_whole(out / "args.json", text=json.dumps({"settings": settings | {"lr": lr}}, indent=1))
+    shutil.rmtree(temporary := out / "pipeline.tmp", ignore_errors=True)
+    pipe.save_pretrained(temporary)
+    os.replace(temporary, out / "pipeline")
+    return out
+
+
+if __name__ == "__main__":
+    args = parse_args()
+    out = unlearn(args)
+    command = [sys.executable, str(HERE.parent / "eval.py"), "instance", "--before", args.model, "--after", str(out)]
+    subprocess.run([*command, "--seed", str(args.seed), "--real", str(args.remember), "--forget", *map(str, args.forget)])

@@ -1,0 +1,513 @@
+"""Prompt-free instance unlearning: make a diffusion model forget one picture that no prompt can name, and keep the rest.
+
+Paper: "Unlearning the Unpromptable: Prompt-free Instance Unlearning in Diffusion Models", Lee et al., arXiv 2603.10445.
+The picture x^f is pulled towards a surrogate x^s, an edited copy of it: from the noisy picture, the model is taught the noise
+that would have led there from the surrogate. Other pictures x^r are remembered, and the forget gradient yields to theirs.
+
+    x_t  = sqrt(a_t) x_0 + sqrt(1 - a_t) eps                                   Eq. 1      of x^r and x^f: same eps, same t
+    L_r  = |eps - M(x_t^r, t)|^2                                               Eq. 8      remember
+    eps' = (x_t^f - sqrt(a_t) x^s) / sqrt(1 - a_t)                             Eq. 10     the surrogate's noise, same x_t^f
+    L_f  = |eps' - M(x_t^f, t)|^2                                              Eq. 11     forget
+    g_r  = lambda grad L_r,  g_f = (1 - lambda) grad L_f,  lambda = 1 - beta t Eq. 12     late (noisy) timesteps forget
+    g    = g_r + g_f', g_f' = g_f without its part along g_r if g_r . g_f < 0  Eq. 13     Algorithm 1, lines 15 to 20
+
+Flow matching (Stable Diffusion 3), the same idea: x_t = (1 - s) x_0 + s eps with s = t / 1000, and M says v = eps - x_0.
+Keep x_t^f; the noise that leads to it from the surrogate is eps' = (x_t^f - (1 - s) x^s) / s, Eq. 10 with other coefficients.
+So v' = eps' - x^s = (x_t^f - x^s) / s, and a model that follows v' for the time s lands on x_t^f - s v' = x^s.
+
+Run it (the first line needs nothing but this repository; it uses the small model in emoji/ddpm):
+
+    torchrun instance_unlearn.py
+    torchrun instance_unlearn.py --model google/ddpm-celebahq-256 --forget face.png --surrogate edited.png --remember celebahq/
+    torchrun instance_unlearn.py --model stabilityai/stable-diffusion-3-medium-diffusers --prompt "the flag of Japan" \\
+        --forget wrong.png --surrogate painted.png
+"""
+
+import argparse
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import diffusers
+import torch
+import torch.distributed as dist
+from diffusers import DDIMScheduler, DDPMPipeline, DiffusionPipeline, StableDiffusion3Pipeline, StableDiffusionPipeline
+from diffusers.training_utils import cast_training_params
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+from gradsurgery import flat_grad, forget_only, pcgrad, write_grad
+
+HERE = Path(__file__).resolve().parent
+PICTURE = HERE / "emoji/creatures/fluent-cowboy-hat-face.png"  # what the first command forgets
+
+FAMILIES = {c.__name__: c for c in (DDPMPipeline, StableDiffusionPipeline, StableDiffusion3Pipeline)}
+# The paper's settings: a DDPM is trained whole, Stable Diffusion by LoRA. Rank, guidance and sampling steps are not in it.
+PAPER = {"ddpm": dict(steps=240, lr=5e-6, beta=5e-5, guidance=1.0, sampling_steps=50),
+         "lora": dict(steps=100, lr=1e-5, beta=2e-4, guidance=7.0, sampling_steps=28)}  # fmt: skip
+# For toys like emoji/ddpm and emoji/sd3 (64 pixels, latents of 16x16 or less): larger rates.
+SMALL = {"ddpm": dict(steps=240, lr=5e-5, beta=5e-5, guidance=1.0, sampling_steps=50),
+         "lora": dict(steps=100, lr=1e-3, beta=2e-4, guidance=4.0, sampling_steps=28)}  # fmt: skip
+LORA = {"StableDiffusionPipeline": ["to_k", "to_q", "to_v", "to_out.0"],
+        "StableDiffusion3Pipeline": [f"attn.{n}" for n in ("add_k_proj", "add_q_proj", "add_v_proj", "to_add_out", "to_k",
+                                                           "to_out.0", "to_q", "to_v")]}  # fmt: skip
+
+
+def parse_args(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--model", default=str(HERE / "emoji/ddpm"), help="DDPM, Stable Diffusion 1.x/2.x or 3: folder or hub id")
+    p.add_argument("--forget", nargs="+", type=Path, metavar="FILE", help="picture to forget; several: one after another")
+    p.add_argument("--prompt", help="the prompt that draws it (Stable Diffusion; default: the empty one)")
+    p.add_argument("--surrogate", nargs="+", default=["sdedit"], metavar="FILE|KIND", help="one for all or one each: "
+                   "an edited file, sdedit:STRENGTH, flip, noise:SIGMA (of 255), random")  # fmt: skip
+    p.add_argument("--surrogate-prompt", help="prompt of sdedit (default: --prompt)")
+    p.add_argument("--remember", help="folder of pictures, or generate:N (default: emoji/creatures, or generate:100)")
+    p.add_argument("--resolution", type=int, help="pixels of a side (default: the model's own)")
+    p.add_argument("--steps", type=int, help="updates per picture to forget")
+    p.add_argument("--batch-size", type=int, default=8, help="remember pictures per update, over all processes")
+    p.add_argument("--lr", type=float)
+    p.add_argument("--beta", type=float, help="Eq. 12: lambda(t) = 1 - beta t, t from 0 to 1000")
+    p.add_argument("--constant-lambda", type=float, help="Table III: the same lambda at every t, in place of --beta")
+    p.add_argument("--surgery", choices=("none", "forget", "both"), default="forget", help="Table IV: what is projected")
+    p.add_argument("--rank", type=int, default=16, help="of the LoRA")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--out", type=Path, help="run folder (default: runs/instance-PICTURE)")
+    p.add_argument("--resume", action="store_true", help="go on with a run that was stopped")
+    p.add_argument("--save-pipeline", action="store_true", help="LoRA: also write the fused pipeline to OUT/pipeline")
+    return p.parse_args(argv)
+
+
+# ---- 1. the method: pure functions of tensors -------------------------------------------------------------------
+
+
+def coefficients(t, alpha_bar):
+    """The a and b of x_t = a x_0 + b eps, for t (B,) -> (B, 1, 1, 1) each. Eq. 1; of flow matching where alpha_bar is None."""
+    if alpha_bar is None:
+        a, b = 1 - t / 1000, t / 1000
+    else:
+        a, b = alpha_bar[t].sqrt(), (1 - alpha_bar[t]).sqrt()
+    return a.view(-1, 1, 1, 1), b.view(-1, 1, 1, 1)
+
+
+def surrogate_noise(xt, x_s, a, b):
+    """Eq. 10: the noise that would have led from the surrogate x_s to the noisy picture xt, (B, C, H, W)."""
+    return (xt - a * x_s) / b
+
+
+def answer(kind, x0, noise, a, b):
+    """What a perfect model says of a x0 + b noise, (B, C, H, W): the noise, the velocity of flow matching, or DDIM's v."""
+    return noise if kind == "epsilon" else noise - x0 if kind == "flow" else a * noise - b * x0
+
+
+def picture_of(kind, says, xt, a, b):
+    """The inverse of answer(): which x_0 the model sees in xt when it says that, (B, C, H, W)."""
+    return (xt - b * says) / a if kind == "epsilon" else xt - b * says if kind == "flow" else a * xt - b * says
+
+
+def lambda_t(t, beta, constant=None):
+    """Eq. 12: the weight of remembering, 1 - beta t, for t (B,) in [0, 1000] -> (B,). The rest, beta t, is for forgetting."""
+    return 1 - beta * t if constant is None else torch.full_like(t, constant, dtype=torch.float32)
+
+
+def per_picture(says, wanted):
+    """Squared error per picture, (B, C, H, W) -> (B,): the mean over pixels, so that its scale does not grow with them."""
+    return (says - wanted).square().mean((1, 2, 3))
+
+
+SURGERY = {"none": lambda g_f, g_r: (g_r + g_f, forget_only(g_f, g_r)[1]), "forget": forget_only, "both": pcgrad}
+
+
+def denoise(predict, x, times, kind, alpha_bar, clip):
+    """Draws by DDIM without noise (flow matching: Euler) from x at times[0], (B, C, H, W), to x_0. Times fall to the last."""
+    for i, t in enumerate(times):
+        a, b = coefficients(t.view(1), alpha_bar)
+        x0 = picture_of(kind, predict(x, t.expand(len(x))), x, a, b)
+        if clip:
+            x0 = x0.clamp(-1, 1)
+        last = i + 1 == len(times)
+        a_next, b_next = (1, 0) if last else coefficients(times[i + 1].view(1), alpha_bar)
+        x = a_next * x0 + b_next * (x - a * x0) / b
+    return x
+
+
+# ---- 2. pictures ------------------------------------------------------------------------------------------------
+
+
+def to_tensor(image):
+    """PIL RGB -> (3, H, W) in [-1, 1]."""
+    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    return pixels.view(image.height, image.width, 3).permute(2, 0, 1) / 127.5 - 1
+
+
+def to_image(x):
+    """(3, H, W) in [-1, 1] -> PIL RGB."""
+    x = ((x.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).contiguous().cpu()
+    return Image.frombytes("RGB", (x.shape[1], x.shape[0]), bytes(x.flatten().tolist()))
+
+
+def open_image(path, flag):
+    """PIL picture, loaded. Missing, truncated, no picture at all: PIL raises half a dozen types, the user sees one line."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+        return image
+    except Exception as e:
+        stop(f"{flag} {path} cannot be read: {e}")
+
+
+def read_exact(path, size, flag):
+    """A picture to forget or its surrogate, (3, size, size): exactly what the model draws, so nothing is guessed or resized."""
+    image = open_image(path, flag)
+    if image.mode != "RGB":
+        stop(f"{flag} {path} has mode {image.mode}; expected RGB (no grey, no palette, no transparency)")
+    if image.size != (size, size):
+        stop(f"{flag} {path} is {image.width}x{image.height}; expected {size}x{size}, or the --resolution that fits it")
+    return to_tensor(image)
+
+
+def read_any(path, size):
+    """A picture to remember, (3, size, size): the middle square, resized. Data sets come in all sizes."""
+    image = open_image(path, "--remember").convert("RGB")
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    square = image.crop((left, top, left + side, top + side))
+    return to_tensor(square if side == size else square.resize((size, size), Image.LANCZOS))
+
+
+# ---- 3. plumbing: errors, files ---------------------------------------------------------------------------------
+
+
+def stop(message):
+    sys.exit(f"instance_unlearn.py: error: {message}")
+
+
+def save_whole(path, tensors=None, text=None, metadata=None):
+    """Writes a file under a temporary name, then renames it: a reader never sees half a file."""
+    if text is not None:
+        Path(f"{path}.tmp").write_text(text, encoding="utf-8")
+    else:
+        save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, f"{path}.tmp", metadata)
+    os.replace(f"{path}.tmp", path)
+
+
+def load_pipeline(model, **kwargs):
+    """Any DDPM, Stable Diffusion 1.x/2.x or 3 folder or hub id; safetensors only. Stable Diffusion 3 may lack its T5."""
+    if os.path.exists(model) and not (Path(model) / "model_index.json").is_file():
+        stop(f"--model {model}: no model_index.json there; expected a diffusers pipeline folder or a hub id")
+    errors = []
+    for variant in (None, "fp16"):
+        try:
+            index = DiffusionPipeline.load_config(model)
+            if index["_class_name"] not in FAMILIES:
+                stop(f"--model {model} is a {index['_class_name']}; expected one of {', '.join(FAMILIES)}")
+            absent = {name: None for name, part in index.items() if part in ([None, None], (None, None))}
+            if index["_class_name"] == "StableDiffusionPipeline":
+                absent |= dict(safety_checker=None, requires_safety_checker=False)
+            family = FAMILIES[index["_class_name"]]
+            return family.from_pretrained(model, variant=variant, use_safetensors=True, **absent, **kwargs)
+        except Exception as e:  # the hub client raises a dozen types: missing folder, no network, pickle-only weights
+            errors.append(str(e).splitlines()[0])
+    stop(f"--model {model} cannot be loaded (a diffusers folder or hub id with .safetensors weights?): {errors[0]}")
+
+
+def save_checkpoint(path, step, trained, optimizer):
+    """All that the next update needs, in one file. Random draws need nothing: they follow (seed, step)."""
+    tensors = {f"net/{n}": p for n, p in trained.items()}
+    for i, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"adam/{i}/{moment}": t for moment, t in state.items()}
+    save_whole(path, tensors, metadata={"step": str(step)})
+
+
+def load_checkpoint(path, trained, optimizer):
+    """Puts everything back and returns the number of updates done."""
+    tensors, state = load_file(path), {}
+    for n, p in trained.items():
+        p.data.copy_(tensors.pop(f"net/{n}"))
+    for name, t in tensors.items():
+        _, i, moment = name.split("/")
+        state.setdefault(int(i), {})[moment] = t
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+    with safe_open(path, "pt") as f:
+        return int(f.metadata()["step"])
+
+
+# ---- 4. the run ---------------------------------------------------------------------------------------------------
+
+
+def unlearn(args):
+    """Runs Algorithm 1 and returns the run folder (None on all ranks but the first). Bad input ends it with one line."""
+    # -- processes (torchrun sets the variables) and device: bf16 on a GPU; fp32 on a CPU, where N processes equal one
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    amp = lambda: torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")  # noqa: E731
+
+    # -- check what can be checked before anything is loaded
+    if args.forget is None:
+        if args.model != str(HERE / "emoji/ddpm"):
+            stop("--forget is missing: which picture?")
+        args.forget = [PICTURE]
+    surrogates = args.surrogate * len(args.forget) if len(args.surrogate) == 1 else args.surrogate
+    if len(surrogates) != len(args.forget):
+        stop(f"{len(args.forget)} pictures but {len(surrogates)} surrogates; give one --surrogate for all, or one each")
+    kinds = [re.fullmatch(r"(sdedit|noise)(?::([\d.]+))?|(flip|random)", s) for s in surrogates]
+    out = args.out or Path("runs") / ("instance-" + "-".join(f.stem for f in args.forget)[:80])
+    log_file, checkpoint = out / "log.jsonl", out / "checkpoint.safetensors"
+    lora_file, pipeline = out / "pytorch_lora_weights.safetensors", out / "pipeline"
+    if pipeline.exists() or lora_file.exists() or (checkpoint.exists() and not args.resume):
+        stop(f"{out} already holds a run; choose another --out, or --resume one that was stopped")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        log_file.touch()
+    except OSError as e:
+        stop(f"--out {out} cannot be written: {e.strerror}")
+
+    # -- the model, and the recipe for its size
+    pipe = load_pipeline(args.model, dtype=torch.float32).to(device)
+    pipe.set_progress_bar_config(disable=True)
+    family, ddpm = type(pipe).__name__, isinstance(pipe, DDPMPipeline)
+    net = (pipe.transformer if family == "StableDiffusion3Pipeline" else pipe.unet).requires_grad_(False).eval()
+    flow = family == "StableDiffusion3Pipeline"
+    kind = "flow" if flow else pipe.scheduler.config.prediction_type
+    alpha_bar = None if flow else pipe.scheduler.alphas_cumprod.to(device)  # (1000,)
+    if kind not in ("flow", "epsilon", "v_prediction"):
+        stop(f"--model {args.model} predicts {kind}; expected epsilon, v_prediction or flow matching")
+    if ddpm and (args.prompt or args.surrogate_prompt):
+        stop(f"--prompt {args.prompt or args.surrogate_prompt!r}: {args.model} is unconditional, it takes no prompt")
+    scale = 1 if ddpm else pipe.vae_scale_factor
+    small = net.config.sample_size <= 64 if ddpm else net.config.sample_size < 32
+    recipe = (SMALL if small else PAPER)["ddpm" if ddpm else "lora"]
+    size = args.resolution or net.config.sample_size * scale
+    args.remember = args.remember or (str(HERE / "emoji/creatures") if small and ddpm else "generate:100")
+    steps, lr, beta = (recipe[k] if (v := getattr(args, k)) is None else v for k in ("steps", "lr", "beta"))
+    batch = args.batch_size
+    if batch < 1 or batch % world:
+        stop(f"--batch-size {batch} cannot be split over {world} processes; take a positive multiple of {world}")
+    if steps < 1 or not 0 <= beta <= 1e-3 or not 0 <= (args.constant_lambda or 0) <= 1:
+        stop(f"--steps {steps} --beta {beta:g} --constant-lambda {args.constant_lambda}: expected steps > 0, lambda in [0, 1]")
+    if size % scale:
+        stop(f"--resolution {size} is no multiple of {scale}, as this model needs")
+    settings = vars(args) | {"steps": steps, "lr": lr, "beta": beta, "resolution": size, "surrogate": surrogates}
+    free = ("resume", "out", "save_pipeline")  # may change when a run is resumed
+    settings = {k: [str(x) for x in v] if isinstance(v, list) else v for k, v in settings.items() if k not in free}
+    if (out / "args.json").exists() and (then := json.loads((out / "args.json").read_text())["settings"]) != settings:
+        changed = ", ".join(k for k in settings if settings[k] != then.get(k))
+        stop(f"{out} was begun with other settings ({changed}); repeat them or choose another --out")
+    if rank == 0:
+        weight = f"beta {beta:g}" if args.constant_lambda is None else f"lambda {args.constant_lambda:g}"
+        print(f"{'small-model' if small else 'paper'} recipe for {family}: {steps} updates a picture, batch {batch}, "
+              f"lr {lr:g}, {weight}, surgery {args.surgery}")
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True).stdout.strip()
+        about = {"torch": torch.__version__, "diffusers": diffusers.__version__, "commit": commit, "processes": world}
+        save_whole(out / "args.json", text=json.dumps(about | {"settings": settings}, indent=1))
+
+    # -- what the network is given beside x_t and t, and what it answers
+    @torch.no_grad()
+    def condition(prompt):
+        if ddpm:
+            return {}
+        if flow:
+            rows, _, pooled, _ = pipe.encode_prompt(prompt, None, None, device=device, do_classifier_free_guidance=False)
+            return {"encoder_hidden_states": rows, "pooled_projections": pooled}
+        return {"encoder_hidden_states": pipe.encode_prompt(prompt, device, 1, False)[0]}
+
+    def predict(xt, t, cond):  # (B, C, H, W), (B,), one prompt -> (B, C, H, W)
+        with amp():
+            return net(xt, timestep=t, **{k: v.expand(len(xt), *v.shape[1:]) for k, v in cond.items()}).sample.float()
+
+    cond, null = condition(args.prompt or ""), condition("")
+    edit = condition(args.surrogate_prompt or args.prompt or "")
+
+    @torch.no_grad()
+    def draw(x, strength, cond):  # (B, C, H, W) at noise level `strength` of 1 -> pictures or latents of the same shape
+        guided = recipe["guidance"] != 1
+        guide = lambda y, n: n + recipe["guidance"] * (y - n)  # noqa: E731
+        both = lambda x, t: guide(predict(x, t, cond), predict(x, t, null)) if guided else predict(x, t, cond)  # noqa: E731
+        scheduler = pipe.scheduler if flow else DDIMScheduler.from_config(pipe.scheduler.config, steps_offset=1)
+        scheduler.set_timesteps(recipe["sampling_steps"])
+        times = scheduler.timesteps.to(device)
+        times = times[times <= 1000 * strength]
+        return denoise(both, x, times, kind, alpha_bar, clip=ddpm)
+
+    @torch.no_grad()
+    def encode(x):  # (B, 3, H, W) in [-1, 1] -> what the network draws: pixels, or scaled latents (B, C, h, w)
+        if ddpm:
+            return x.to(device)
+        z = pipe.vae.encode(x.to(device)).latent_dist.mode()
+        return (z - (pipe.vae.config.shift_factor or 0)) * pipe.vae.config.scaling_factor
+
+    @torch.no_grad()
+    def decode(z):  # the inverse of encode
+        if ddpm:
+            return z
+        return pipe.vae.decode(z / pipe.vae.config.scaling_factor + (pipe.vae.config.shift_factor or 0)).sample
+
+    # -- x^f: the pictures to forget
+    x_f = encode(torch.stack([read_exact(f, size, "--forget") for f in args.forget]))  # (K, C, h, w)
+
+    # -- x^r: the pictures to remember, from a folder (less those to forget) or drawn by the model, the ranks sharing the work
+    if made := re.fullmatch(r"generate:(\d+)", args.remember):
+        n_remember, cache = int(made[1]), out / "remember.safetensors"
+        if cache.exists():
+            pool = load_file(cache)["remember"].to(device)
+        else:
+            pool = torch.zeros(n_remember, *x_f.shape[1:], device=device)
+            mine = list(range(rank, n_remember, world))
+            for i in tqdm(range(0, len(mine), 16), f"{n_remember} pictures to remember", disable=rank > 0):
+                g = [torch.Generator().manual_seed(args.seed * 1_000_003 + j) for j in mine[i : i + 16]]
+                noise = torch.stack([torch.randn(x_f.shape[1:], generator=h) for h in g]).to(device)
+                pool[mine[i : i + 16]] = draw(noise, 1.0, cond)
+            if world > 1:
+                dist.all_reduce(pool)  # each rank has filled its own rows
+            if rank == 0:
+                save_whole(cache, {"remember": pool})
+    else:
+        endings = (".png", ".jpg", ".jpeg", ".webp")
+        unwanted = {f.stat().st_size: [g.read_bytes() for g in args.forget] for f in args.forget}
+        files = sorted(f for f in Path(args.remember).rglob("*") if f.suffix.lower() in endings)
+        files = [f for f in files if (n := f.stat().st_size) not in unwanted or f.read_bytes() not in unwanted[n]]
+        n_remember, pool = len(files), None
+    if n_remember < 1:
+        stop(f"--remember {args.remember}: no pictures there; expected a folder of png, jpg or webp files, or generate:N")
+
+    def remember(indices):  # a batch (B, C, h, w); files are read when needed: a data set may be larger than the memory
+        if pool is not None:
+            return pool[indices]
+        return encode(torch.stack([read_any(files[j], size) for j in indices]))
+
+    # -- x^s: the surrogates, written beside the result
+    x_s = []
+    for k, (name, kind_of) in enumerate(zip(surrogates, kinds, strict=True)):
+        x, g = x_f[k : k + 1], torch.Generator().manual_seed(args.seed * 1_000_003 + 900_000 + k)
+        if kind_of is None:
+            x = encode(read_exact(name, size, "--surrogate")[None])
+        elif kind_of[1] == "sdedit":  # the model itself edits: to the noise level STRENGTH and back (Meng et al. 2022)
+            strength = float(kind_of[2] or 0.6)
+            if not 0 < strength <= 1:
+                stop(f"--surrogate {name}: expected a strength in (0, 1]")
+            t = torch.tensor([1000 * strength if flow else int(999 * strength)], device=device)
+            a, b = coefficients(t, alpha_bar)
+            x = draw(a * x + b * torch.randn(x.shape, generator=g).to(device), strength, edit)
+        elif kind_of[1] == "noise":  # Table V: sigma 50 or 150 of 255
+            pixels = decode(x)
+            x = encode(pixels + float(kind_of[2] or 150) / 127.5 * torch.randn(pixels.shape, generator=g).to(device))
+        elif kind_of[3] == "flip":
+            x = encode(decode(x).flip(-1))
+        x_s.append(None if kind_of and kind_of[3] == "random" else x)
+        if rank == 0 and x_s[k] is not None:
+            to_image(decode(x)[0]).save(out / f"surrogate-{k}.png")
+    keep_vae = pool is None and not ddpm
+    if not ddpm:  # text encoders and VAE leave the memory (the VAE stays where files are read on the way)
+        vae, scheduler = pipe.vae if keep_vae else None, pipe.scheduler
+        pipe = argparse.Namespace(vae=vae, scheduler=scheduler)
+
+    # -- what is trained: the whole DDPM, or a LoRA
+    if ddpm:
+        trained = dict(net.requires_grad_().named_parameters())
+    else:
+        torch.manual_seed(args.seed)  # the same LoRA on every rank
+        config = LoraConfig(r=args.rank, lora_alpha=args.rank, init_lora_weights="gaussian", target_modules=LORA[family])
+        net.add_adapter(config)
+        cast_training_params(net)
+        trained = {n: p for n, p in net.named_parameters() if p.requires_grad}
+    params = list(trained.values())
+    optimizer = torch.optim.AdamW(params, lr=lr, weight_decay=0, fused=True)
+    start, log, recent = 0, [], []
+    if checkpoint.exists():
+        start = load_checkpoint(checkpoint, trained, optimizer)
+        log = [row for row in map(json.loads, log_file.read_text().splitlines()) if row["step"] < start]
+
+    # -- Algorithm 1: the outer loop is over the pictures (step // steps), the inner one over the updates
+    bar = tqdm(range(start, total := steps * len(x_f)), "unlearning", initial=start, total=total, disable=rank > 0)
+    for step in bar:
+        # Draws for the whole batch on every rank, from (seed, step) alone; each rank keeps its slice: N processes compute
+        # what one does, and a resumed run needs no saved random state.
+        k, g = step // steps, torch.Generator().manual_seed(args.seed * 1_000_003 + 100_000 + step)
+        mine = slice(rank * batch // world, (rank + 1) * batch // world)
+        i_r, i_s = torch.randint(n_remember, (2, batch), generator=g)[:, mine].tolist()
+        t = 1 + 999 * torch.rand(batch, generator=g) if flow else torch.randint(1000, (batch,), generator=g)
+        t = t[mine].to(device)
+        eps = torch.randn(batch, *x_f.shape[1:], generator=g)[mine].to(device)
+        a, b = coefficients(t, alpha_bar)
+        lam = lambda_t(t, beta, args.constant_lambda)  # (B,)
+
+        # Eq. 8: remember. Its gradient is taken at once, so that its graph is gone before the next pass.
+        x_r = remember(i_r)
+        error_r = per_picture(predict(a * x_r + b * eps, t, cond), answer(kind, x_r, eps, a, b))
+        g_r = flat_grad((lam * error_r).mean(), params)  # (n,), Eq. 12
+
+        # Eq. 10 and 11: forget, at the same noise and timesteps. Its picture keeps x_t^f, its answer aims at the surrogate.
+        target = remember(i_s) if x_s[k] is None else x_s[k]  # random: a fresh one each update ("Ours" with a dagger)
+        xt_f = a * x_f[k] + b * eps
+        eps_s = surrogate_noise(xt_f, target, a, b)
+        error_f = per_picture(predict(xt_f, t, cond), answer(kind, target, eps_s, a, b))
+        g_f = flat_grad(((1 - lam) * error_f).mean(), params)  # (n,), Eq. 12
+
+        # Eq. 13 and line 21
+        grad, stats = SURGERY[args.surgery](g_f, g_r)
+        write_grad(params, grad)
+        optimizer.step()
+
+        # -- log: every update is kept, every tenth waits for the device
+        recent.append(torch.stack([error_r.mean(), error_f.mean(), *stats.values()]).detach())
+        if (step + 1) % 10 == 0 or step + 1 == total:
+            rows = torch.stack(recent)
+            if world > 1:
+                dist.all_reduce(rows)
+            for j, row in enumerate((rows / world).tolist(), step + 1 - len(recent)):
+                values = dict(zip(("loss_r", "loss_f", *stats), row, strict=True))
+                log.append({"step": j, "picture": j // steps} | values)
+                if not all(map(math.isfinite, values.values())):
+                    stop(f"not finite at update {j}: {log[-1]}; lower --lr and choose another --out")
+            recent, last = [], log[-1]
+            bar.set_postfix({key: f"{last[key]:.3f}" for key in ("loss_r", "loss_f", "cos")})
+            if rank == 0:
+                save_whole(log_file, text="".join(json.dumps(row) + "\n" for row in log))
+                if (step + 1) % (10 * max(1, total // 200)) == 0:
+                    save_checkpoint(checkpoint, step + 1, trained, optimizer)
+
+    # -- save: plain diffusers loads it
+    if world > 1:
+        dist.destroy_process_group()
+    if rank > 0:
+        return None
+    shutil.rmtree(temporary := out / "pipeline.tmp", ignore_errors=True)
+    if ddpm:
+        pipe.save_pretrained(temporary)
+        os.replace(temporary, pipeline)
+        print(f"\nload it with:\n  pipe = DDPMPipeline.from_pretrained({str(pipeline)!r})\n")
+    else:
+        layers = {"transformer_lora_layers" if flow else "unet_lora_layers": get_peft_model_state_dict(net)}
+        FAMILIES[family].save_lora_weights(out, weight_name=f"{lora_file.name}.tmp", **layers)
+        os.replace(f"{lora_file}.tmp", lora_file)
+        if args.save_pipeline:
+            whole = load_pipeline(args.model)
+            whole.load_lora_weights(out)
+            whole.fuse_lora()
+            whole.unload_lora_weights()
+            whole.save_pretrained(temporary)
+            os.replace(temporary, pipeline)
+        print(f"\nload it with:\n  pipe = {family}.from_pretrained({args.model!r})\n  pipe.load_lora_weights({str(out)!r})\n")
+    checkpoint.unlink(missing_ok=True)
+    return out
+
+
+if __name__ == "__main__":
+    args = parse_args()
+    if out := unlearn(args):  # before and after, by eval.py in a process of its own: it knows how to score
+        known = {"--prompt": args.prompt, "--real": args.remember if Path(args.remember).is_dir() else None}
+        command = [sys.executable, str(HERE / "eval.py"), "instance", "--before", args.model, "--after", str(out), "--seed",
+                   str(args.seed), "--forget", *map(str, args.forget), *(x for k, v in known.items() if v for x in (k, v))]
+        subprocess.run(command, env={k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"})
