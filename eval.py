@@ -321,6 +321,35 @@ class Features(torch.nn.Module):
         return torch.stack([(unit(a) - unit(b)).square().sum(-1).mean(1) for a, b in layers]).mean(0)
 
 
+def fid(features, real, drawn, device):
+    """Frechet distance (Heusel et al. 2017) between the features of two sets of pictures (n, 3, H, W) in [0, 1]."""
+    metric = FrechetInceptionDistance(feature=features, normalize=True, input_img_size=tuple(real.shape[1:]))
+    for x, is_real in ((real, True), (drawn, False)):
+        for part in x.split(64):
+            metric.update(part.to(device), real=is_real)
+    return metric.compute().item()
+
+
+@torch.no_grad()
+def denoise_ancestral(net, scheduler, z, noise, cond, g):
+    """The probe of a DDPM or Stable Diffusion 1.x: z (1, C, h, w) noised to t = 250, and back in 251 steps -> (n, C, h, w)."""
+    scheduler.set_timesteps(1000)
+    z = scheduler.add_noise(z, noise, torch.tensor([250]))
+    for t in range(250, -1, -1):
+        says = net(z, timestep=torch.full((len(z),), t, device=z.device), **cond).sample
+        z = scheduler.step(says, t, z, generator=g).prev_sample
+    return z
+
+
+@torch.no_grad()
+def denoise_flow(net, z, noise, cond):
+    """The probe of Stable Diffusion 3: z (1, C, h, w) mixed half and half with noise, and back in 25 Euler steps."""
+    z = (z + noise) / 2
+    for k in range(25, 0, -1):
+        z = z - 0.02 * net(z, timestep=torch.full((len(z),), 20.0 * k, device=z.device), **cond).sample
+    return z
+
+
 def load_copy_detector(args, toy, device):
     """A function of pictures (n, 3, H, W) in [0, 1] -> unit vectors (n, d), and its name; None where there is none."""
     if args.sscd:
@@ -391,17 +420,11 @@ class Drawer:
                 rows, _ = pipe.encode_prompt(self.prompt, self.device, 1, False)
                 cond = {"encoder_hidden_states": rows.expand(n, -1, -1)}
         noise = torch.randn(n, *z.shape[1:], generator=g).to(self.device)
-        predict = lambda z, t: self.net(z, timestep=torch.full((n,), t, device=self.device), **cond).sample  # noqa: E731
         if self.flow:
-            z = (z + noise) / 2
-            for k in range(25, 0, -1):
-                z = z - 0.02 * predict(z, 20.0 * k)
+            z = denoise_flow(self.net, z, noise, cond)
         else:
             scheduler = DDPMScheduler.from_config(pipe.scheduler.config, clip_sample=self.ddpm)
-            scheduler.set_timesteps(1000)
-            z = scheduler.add_noise(z, noise, torch.tensor([250]))
-            for t in range(250, -1, -1):
-                z = scheduler.step(predict(z, t), t, z, generator=g).prev_sample
+            z = denoise_ancestral(self.net, scheduler, z, noise, cond, g)
         if not self.ddpm:
             z = pipe.vae.decode(z / vae.scaling_factor + (vae.shift_factor or 0)).sample
         return (z.clamp(-1, 1).cpu() + 1) / 2
@@ -482,11 +505,7 @@ def instance(args, device):
         real = torch.stack([(read_any(f, drawer.size) + 1) / 2 for f in files[:10_000]])
     for name, reference in (("fid_pre", b), ("fid_real", real)):
         if reference is not None:
-            fid = FrechetInceptionDistance(feature=features, normalize=True, input_img_size=tuple(a.shape[1:]))
-            for x, is_real in ((reference, True), (a, False)):
-                for part in x.split(64):
-                    fid.update(part.to(device), real=is_real)
-            report[name] = fid.compute().item()
+            report[name] = fid(features, reference, a, device)
     report = {k: round(v, 4) if isinstance(v, float) else v for k, v in report.items()}
     write_report(out, report)
     surrogates = [Image.open(f) if (f := args.after / f"surrogate-{k}.png").is_file() else None for k in range(len(x_f))]

@@ -1,11 +1,12 @@
-"""eval.py: the two scores against their definitions; an untouched model scores as before, a ruined one does not."""
+"""eval.py: the scores against their definitions; an untouched model scores as before, a ruined one does not."""
 
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DDPMPipeline, StableDiffusionPipeline
 from safetensors.torch import save_file
 
 import eval as evaluation
@@ -43,3 +44,57 @@ def test_model_without_keys_and_values_loses_everything(tmp_path):
     report = run(tmp_path, {n: torch.zeros_like(p) for n, p in keys_and_values().items()})
     for kind in ("target", "ood", "unrelated"):
         assert report["after"][kind]["CS"] < report["before"][kind]["CS"] - 20
+
+
+# ---- one picture ------------------------------------------------------------------------------------------------
+
+FACE = HERE / "emoji/creatures/twemoji-cowboy-hat-face.png"
+
+
+def run_instance(tmp_path, pipe):
+    pipe.save_pretrained(tmp_path / "pipeline")
+    command = [sys.executable, str(HERE / "eval.py"), "instance", "--before", str(HERE / "emoji/ddpm"), "--after", str(tmp_path)]
+    subprocess.run([*command, "--forget", str(FACE), "--num-images", "12"], check=True)
+    return json.loads((tmp_path / "metrics.json").read_text())
+
+
+def test_untouched_ddpm_forgets_nothing(tmp_path):
+    report = run_instance(tmp_path, DDPMPipeline.from_pretrained(HERE / "emoji/ddpm"))
+    picture = report["pictures"][0]
+    assert picture["before"] == picture["after"] > 0.6 and picture["between"] > 0.999
+    assert report["ssim"] > 0.999 and abs(report["fid_pre"]) < 1e-2 and report["distance"] < 1e-5
+    assert (tmp_path / "before_after.png").stat().st_size > 10_000
+
+
+def test_ruined_ddpm_forgets_everything_and_keeps_nothing(tmp_path):
+    pipe = DDPMPipeline.from_pretrained(HERE / "emoji/ddpm")
+    for p in pipe.unet.conv_out.parameters():
+        p.data.zero_()
+    report = run_instance(tmp_path, pipe)
+    assert report["pictures"][0]["after"] < 0.4 and report["ssim"] < 0.5 and report["fid_pre"] > 1 and report["distance"] > 0.1
+
+
+def test_fid_agrees_with_the_formula():
+    """Frechet distance of two Gaussians, with the trace of the matrix root from eigenvalues of symmetric matrices alone."""
+
+    class Identity(torch.nn.Module):
+        num_features = 5
+
+        def forward(self, x):
+            return x.flatten(1)
+
+    g = torch.Generator().manual_seed(0)
+    a, b = torch.randn(60, 5, 1, 1, generator=g), 0.5 + 1.5 * torch.randn(50, 5, 1, 1, generator=g)
+    x, y = a.flatten(1).double(), b.flatten(1).double()
+    values, vectors = torch.linalg.eigh(x.T.cov())
+    root = vectors * values.sqrt() @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ y.T.cov() @ root).sqrt().sum()
+    expected = (x.mean(0) - y.mean(0)).square().sum() + x.T.cov().trace() + y.T.cov().trace() - 2 * cross
+    assert abs(evaluation.fid(Identity(), a, b, "cpu") - expected) < 1e-3
+
+
+def test_probe_of_a_perfect_flow_returns_the_picture():
+    """An oracle that knows the clean latent, in place of a network: whatever the noise, the probe ends at the picture."""
+    z = torch.randn(1, 4, 4, 4)
+    oracle = lambda x, timestep: SimpleNamespace(sample=(x - z) / (timestep / 1000).view(-1, 1, 1, 1))  # noqa: E731
+    torch.testing.assert_close(evaluation.denoise_flow(oracle, z, torch.randn(3, 4, 4, 4), {}), z.expand(3, -1, -1, -1))
