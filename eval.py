@@ -3,8 +3,8 @@
     python eval.py concept --before emoji/sd --after runs/doco-grumpy-cat --target "Grumpy Cat" --anchor Cat
     python eval.py concept --before CompVis/stable-diffusion-v1-4 --after runs/doco-snoopy --target Snoopy --anchor Dog \\
         --ood "Charlie Brown's beagle" --keep Mickey Spongebob Pikachu
-    python eval.py instance --before emoji/ddpm --after runs/instance-fluent-cowboy-hat-face \\
-        --forget emoji/creatures/fluent-cowboy-hat-face.png --real emoji/creatures
+    python eval.py instance --before emoji/ddpm --after runs/instance-twemoji-cowboy-hat-face \\
+        --forget emoji/creatures/twemoji-cowboy-hat-face.png --real emoji/creatures
 
 A concept (DoCo). CS, CLIP score (Hessel et al. 2021, scale of DoCo's tables): 2.5 * max(cos(picture, concept), 0) * 100,
 mean over pictures. CA, CLIP accuracy: share of pictures, in per cent, that CLIP finds nearer the concept than its rival.

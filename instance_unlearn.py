@@ -48,15 +48,15 @@ from tqdm import tqdm
 from gradsurgery import flat_grad, forget_only, pcgrad, write_grad
 
 HERE = Path(__file__).resolve().parent
-PICTURE = HERE / "emoji/creatures/fluent-cowboy-hat-face.png"  # what the first command forgets
+PICTURE = HERE / "emoji/creatures/twemoji-cowboy-hat-face.png"  # what the first command forgets
 
 FAMILIES = {c.__name__: c for c in (DDPMPipeline, StableDiffusionPipeline, StableDiffusion3Pipeline)}
 # The paper's settings: a DDPM is trained whole, Stable Diffusion by LoRA. Rank, guidance and sampling steps are not in it.
-PAPER = {"ddpm": dict(steps=240, lr=5e-6, beta=5e-5, guidance=1.0, sampling_steps=50),
+PAPER = {"ddpm": dict(steps=240, lr=5e-6, beta=5e-5, sampling_steps=50),
          "lora": dict(steps=100, lr=1e-5, beta=2e-4, guidance=7.0, sampling_steps=28)}  # fmt: skip
 # For toys like emoji/ddpm and emoji/sd3 (64 pixels, latents of 16x16 or less): larger rates.
-SMALL = {"ddpm": dict(steps=240, lr=5e-5, beta=5e-5, guidance=1.0, sampling_steps=50),
-         "lora": dict(steps=100, lr=1e-3, beta=2e-4, guidance=4.0, sampling_steps=28)}  # fmt: skip
+SMALL = {"ddpm": dict(steps=240, lr=5e-5, beta=5e-5, sampling_steps=50),
+         "lora": dict(steps=100, lr=1e-3, beta=2e-4, guidance=4.0, sampling_steps=15)}  # fmt: skip
 LORA = {"StableDiffusionPipeline": ["to_k", "to_q", "to_v", "to_out.0"],
         "StableDiffusion3Pipeline": [f"attn.{n}" for n in ("add_k_proj", "add_q_proj", "add_v_proj", "to_add_out", "to_k",
                                                            "to_out.0", "to_q", "to_v")]}  # fmt: skip
@@ -199,8 +199,8 @@ def save_whole(path, tensors=None, text=None, metadata=None):
     os.replace(f"{path}.tmp", path)
 
 
-def load_pipeline(model, **kwargs):
-    """Any DDPM, Stable Diffusion 1.x/2.x or 3 folder or hub id; safetensors only. Stable Diffusion 3 may lack its T5."""
+def load_pipeline(model, lean=True, **kwargs):
+    """Any DDPM, Stable Diffusion 1.x/2.x or 3 folder or hub id; safetensors only. lean: without the safety checker."""
     if os.path.exists(model) and not (Path(model) / "model_index.json").is_file():
         stop(f"--model {model}: no model_index.json there; expected a diffusers pipeline folder or a hub id")
     errors = []
@@ -209,8 +209,9 @@ def load_pipeline(model, **kwargs):
             index = DiffusionPipeline.load_config(model)
             if index["_class_name"] not in FAMILIES:
                 stop(f"--model {model} is a {index['_class_name']}; expected one of {', '.join(FAMILIES)}")
+            # Parts that a folder says it lacks, such as Stable Diffusion 3's T5, must be named when it is loaded
             absent = {name: None for name, part in index.items() if part in ([None, None], (None, None))}
-            if index["_class_name"] == "StableDiffusionPipeline":
+            if lean and index["_class_name"] == "StableDiffusionPipeline":
                 absent |= dict(safety_checker=None, requires_safety_checker=False)
             family = FAMILIES[index["_class_name"]]
             return family.from_pretrained(model, variant=variant, use_safetensors=True, **absent, **kwargs)
@@ -256,7 +257,7 @@ def unlearn(args):
 
     # -- check what can be checked before anything is loaded
     if args.forget is None:
-        if args.model != str(HERE / "emoji/ddpm"):
+        if Path(args.model).resolve() != HERE / "emoji/ddpm":
             stop("--forget is missing: which picture?")
         args.forget = [PICTURE]
     surrogates = args.surrogate * len(args.forget) if len(args.surrogate) == 1 else args.surrogate
@@ -330,16 +331,17 @@ def unlearn(args):
     cond, null = condition(args.prompt or ""), condition("")
     edit = condition(args.surrogate_prompt or args.prompt or "")
 
+    scheduler = pipe.scheduler if flow else DDIMScheduler.from_config(pipe.scheduler.config, steps_offset=1)
+    scheduler.set_timesteps(recipe["sampling_steps"])
+    times = scheduler.timesteps.to(device)  # falling from about 1000, where all is noise
+
     @torch.no_grad()
-    def draw(x, strength, cond):  # (B, C, H, W) at noise level `strength` of 1 -> pictures or latents of the same shape
-        guided = recipe["guidance"] != 1
-        guide = lambda y, n: n + recipe["guidance"] * (y - n)  # noqa: E731
-        both = lambda x, t: guide(predict(x, t, cond), predict(x, t, null)) if guided else predict(x, t, cond)  # noqa: E731
-        scheduler = pipe.scheduler if flow else DDIMScheduler.from_config(pipe.scheduler.config, steps_offset=1)
-        scheduler.set_timesteps(recipe["sampling_steps"])
-        times = scheduler.timesteps.to(device)
-        times = times[times <= 1000 * strength]
-        return denoise(both, x, times, kind, alpha_bar, clip=ddpm)
+    def draw(x, times, cond):  # (B, C, H, W), as noisy as times[0] -> pictures or latents of the same shape
+        def guided(x, t):  # classifier-free guidance
+            y = predict(x, t, cond)
+            return y if ddpm else (n := predict(x, t, null)) + recipe["guidance"] * (y - n)
+
+        return denoise(guided, x, times, kind, alpha_bar, clip=ddpm)
 
     @torch.no_grad()
     def encode(x):  # (B, 3, H, W) in [-1, 1] -> what the network draws: pixels, or scaled latents (B, C, h, w)
@@ -368,7 +370,7 @@ def unlearn(args):
             for i in tqdm(range(0, len(mine), 16), f"{n_remember} pictures to remember", disable=rank > 0):
                 g = [torch.Generator().manual_seed(args.seed * 1_000_003 + j) for j in mine[i : i + 16]]
                 noise = torch.stack([torch.randn(x_f.shape[1:], generator=h) for h in g]).to(device)
-                pool[mine[i : i + 16]] = draw(noise, 1.0, cond)
+                pool[mine[i : i + 16]] = draw(noise, times, cond)
             if world > 1:
                 dist.all_reduce(pool)  # each rank has filled its own rows
             if rank == 0:
@@ -395,11 +397,11 @@ def unlearn(args):
             x = encode(read_exact(name, size, "--surrogate")[None])
         elif kind_of[1] == "sdedit":  # the model itself edits: to the noise level STRENGTH and back (Meng et al. 2022)
             strength = float(kind_of[2] or 0.6)
-            if not 0 < strength <= 1:
+            if not times[-1] / 1000 <= strength <= 1:
                 stop(f"--surrogate {name}: expected a strength in (0, 1]")
-            t = torch.tensor([1000 * strength if flow else int(999 * strength)], device=device)
-            a, b = coefficients(t, alpha_bar)
-            x = draw(a * x + b * torch.randn(x.shape, generator=g).to(device), strength, edit)
+            below = times[times <= 1000 * strength]
+            a, b = coefficients(below[:1], alpha_bar)
+            x = draw(a * x + b * torch.randn(x.shape, generator=g).to(device), below, edit)
         elif kind_of[1] == "noise":  # Table V: sigma 50 or 150 of 255
             pixels = decode(x)
             x = encode(pixels + float(kind_of[2] or 150) / 127.5 * torch.randn(pixels.shape, generator=g).to(device))
@@ -410,8 +412,7 @@ def unlearn(args):
             to_image(decode(x)[0]).save(out / f"surrogate-{k}.png")
     keep_vae = pool is None and not ddpm
     if not ddpm:  # text encoders and VAE leave the memory (the VAE stays where files are read on the way)
-        vae, scheduler = pipe.vae if keep_vae else None, pipe.scheduler
-        pipe = argparse.Namespace(vae=vae, scheduler=scheduler)
+        pipe = argparse.Namespace(vae=pipe.vae if keep_vae else None)
 
     # -- what is trained: the whole DDPM, or a LoRA
     if ddpm:
@@ -493,7 +494,7 @@ def unlearn(args):
         FAMILIES[family].save_lora_weights(out, weight_name=f"{lora_file.name}.tmp", **layers)
         os.replace(f"{lora_file}.tmp", lora_file)
         if args.save_pipeline:
-            whole = load_pipeline(args.model)
+            whole = load_pipeline(args.model, lean=False)
             whole.load_lora_weights(out)
             whole.fuse_lora()
             whole.unload_lora_weights()

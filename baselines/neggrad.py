@@ -7,7 +7,7 @@
 
 Nothing bounds L from below: stop early (their Sec. V: 10 steps).
 
-    python baselines/neggrad.py --forget emoji/creatures/fluent-cowboy-hat-face.png
+    python baselines/neggrad.py --forget emoji/creatures/twemoji-cowboy-hat-face.png
     python baselines/neggrad.py --model google/ddpm-celebahq-256 --forget face.png --remember celebahq/
 """
 

@@ -38,6 +38,8 @@ import torch
 import torch.nn.functional as F
 from diffusers import (
     AutoencoderKL,
+    DDIMPipeline,
+    DDIMScheduler,
     DDPMPipeline,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
@@ -698,10 +700,8 @@ def train_copy_detector(args, data, images):
 
 
 @torch.no_grad()
-def report(args, data, images, n=600):
-    """Draws n random (name, style) prompts; the scoring CLIP ranks all names for each picture, real ones too."""
-    pipe = StableDiffusionPipeline.from_pretrained(args.out / "sd", dtype=torch.float32).to(args.device)
-    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+def report(args, data, images, pipe, name, n):
+    """Draws n random (name, style) prompts; the scoring CLIP ranks all names for each picture. Scores, and a contact sheet."""
     pipe.set_progress_bar_config(disable=True)
     clip = CLIPModel.from_pretrained(args.out / "clip", dtype=torch.float32).to(args.device).eval()
     tokenizer = CLIPTokenizer.from_pretrained(args.out / "clip")
@@ -719,7 +719,7 @@ def report(args, data, images, n=600):
     rng, _ = draws(args.seed, "report")
     picks = [(rng.randrange(len(names)), rng.randrange(3)) for _ in range(n)]
     pictures = []
-    for i in tqdm(range(0, n, 30), "report"):
+    for i in tqdm(range(0, n, 30), f"report on {name}"):
         part = picks[i : i + 30]
         prompts = [f"{names[a]}, in the style of {STYLES[b]}" for a, b in part]
         g = [torch.Generator().manual_seed(args.seed + i + k) for k in range(len(part))]
@@ -733,19 +733,47 @@ def report(args, data, images, n=600):
     top = lambda r, k: round((r < k).float().mean().item(), 3)  # noqa: E731
     result = {"n": n, "names": len(names), "drawn": {"top1": top(drawn, 1), "top3": top(drawn, 3)}}
     result |= {"real": {"top1": top(real, 1), "top3": top(real, 3)}, "style": round(style_hits.float().mean().item(), 3)}
-    print(json.dumps(result))
-    write_text(args.out / "report.json", json.dumps(result, indent=1))
 
-    columns, rows = 20, 9  # above each drawn picture, the real one
+    columns, rows = 20, n // 66  # above each drawn picture, the real one
     sheet = Image.new("RGB", (columns * SIZE, rows * (2 * SIZE + 14)), "white")
     pen = ImageDraw.Draw(sheet)
     for k, (a, b) in enumerate(picks[: columns * rows]):
         cx, cy = k % columns * SIZE, k // columns * (2 * SIZE + 14)
-        for y, picture in ((cy, images[a, b]), (cy + SIZE, x[k])):
-            tile = ((picture.clamp(-1, 1) + 1) * 127.5).byte().permute(1, 2, 0).contiguous()
-            sheet.paste(Image.frombytes("RGB", (SIZE, SIZE), bytes(tile.flatten().tolist())), (cx, y))
+        sheet.paste(picture(images[a, b]), (cx, cy))
+        sheet.paste(picture(x[k]), (cx, cy + SIZE))
         pen.text((cx + 2, cy + 2 * SIZE), names[a].removeprefix("flag of ")[:11], fill="black" if drawn[k] < 1 else "red")
-    sheet.quantize(256).save(args.out / "contact_sheet.png", optimize=True)
+    sheet.quantize(256).save(args.out / f"contact_sheet{'' if name == 'sd' else '_' + name}.png", optimize=True)
+    return result
+
+
+@torch.no_grad()
+def report_ddpm(args, x0, n=60):
+    """Two questions: is a noised training picture given back, and does a sample resemble any? The copy detector answers."""
+    pipe = DDPMPipeline.from_pretrained(args.out / "ddpm").to(args.device)
+    net = CLIPVisionModelWithProjection.from_pretrained(args.out / "copy", dtype=torch.float32).to(args.device).eval()
+    resize = lambda x: F.interpolate(x, (SIZE, SIZE), mode="bicubic", antialias=True).clamp(-1, 1)  # noqa: E731
+    detect = lambda x: F.normalize(net(resize(x)).image_embeds, dim=-1)  # noqa: E731
+    _, g = draws(args.seed, "report ddpm")
+    x = x0[torch.randperm(len(x0), generator=g)[:n]]
+    noise = torch.randn(x.shape, generator=g)
+    z = pipe.scheduler.add_noise(x, noise, torch.tensor([250])).to(args.device)
+    pipe.scheduler.set_timesteps(1000)
+    for t in tqdm(range(250, -1, -1), "report on ddpm"):
+        z = pipe.scheduler.step(pipe.unet(z, t).sample, t, z, generator=g).prev_sample
+    back = (detect(z.clamp(-1, 1)) * detect(x.to(args.device))).sum(1)
+    sampler = DDIMPipeline(pipe.unet, DDIMScheduler.from_config(pipe.scheduler.config))
+    sampler.set_progress_bar_config(disable=True)
+    drawn = sampler(n, generator=g, num_inference_steps=50, output_type="np").images
+    drawn = torch.from_numpy(drawn).permute(0, 3, 1, 2) * 2 - 1
+    nearest = (detect(drawn.to(args.device)) @ detect(x0.to(args.device)).T).amax(1)
+    sheet = Image.new("RGB", (20 * SIZE, 9 * SIZE + 28), "white")
+    for line, tiles in enumerate((x, z.cpu(), drawn)):  # three rows each: real, noised and given back, drawn from noise
+        for k in range(n):
+            sheet.paste(picture(tiles[k]).resize((SIZE, SIZE)), (k % 20 * SIZE, (3 * line + k // 20) * SIZE + 14 * line))
+    sheet.quantize(256).save(args.out / "contact_sheet_ddpm.png", optimize=True)
+    share = lambda v, level: round((v > level).float().mean().item(), 3)  # noqa: E731
+    return {"n": n, "given_back": {"mean": round(back.mean().item(), 3), "above_0.8": share(back, 0.8)},
+            "nearest_training_picture": {"median": round(nearest.median().item(), 3), "above_0.4": share(nearest, 0.4)}}
 
 
 def main(args):
@@ -769,7 +797,14 @@ def main(args):
         train_ddpm(args, write_creatures(args.out / "creatures", data, images))
         train_sd3(args, data, latents, vae, CLIPTokenizer.from_pretrained(folder, model_max_length=32))
         train_copy_detector(args, data, images)
-    report(args, data, images)
+    none = dict(text_encoder_3=None, tokenizer_3=None)
+    sd = StableDiffusionPipeline.from_pretrained(args.out / "sd", dtype=torch.float32).to(args.device)
+    sd.scheduler = DPMSolverMultistepScheduler.from_config(sd.scheduler.config)
+    sd3 = StableDiffusion3Pipeline.from_pretrained(args.out / "sd3", dtype=torch.float32, **none).to(args.device)
+    result = {"sd": report(args, data, images, sd, "sd", 600), "sd3": report(args, data, images, sd3, "sd3", 300)}
+    result["ddpm"] = report_ddpm(args, write_creatures(args.out / "creatures", data, images))
+    print(json.dumps(result))
+    write_text(args.out / "report.json", json.dumps(result, indent=1))
 
 
 if __name__ == "__main__":

@@ -53,8 +53,9 @@ FACE = HERE / "emoji/creatures/twemoji-cowboy-hat-face.png"
 
 def run_instance(tmp_path, pipe):
     pipe.save_pretrained(tmp_path / "pipeline")
-    command = [sys.executable, str(HERE / "eval.py"), "instance", "--before", str(HERE / "emoji/ddpm"), "--after", str(tmp_path)]
-    subprocess.run([*command, "--forget", str(FACE), "--num-images", "12"], check=True)
+    models = ["--before", str(HERE / "emoji/ddpm"), "--after", str(tmp_path)]
+    command = [sys.executable, str(HERE / "eval.py"), "instance", *models, "--forget", str(FACE), "--num-images", "12"]
+    subprocess.run(command, check=True)
     return json.loads((tmp_path / "metrics.json").read_text())
 
 

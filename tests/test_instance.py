@@ -260,6 +260,12 @@ def test_lora_reloads_in_plain_diffusers_and_gives_the_same_picture(forget, tiny
     assert (trained - original).abs().max() > 1e-3
 
 
+def test_latent_model_remembers_files(forget):
+    """Files are encoded on the way, by the one part of the pipeline that stays."""
+    a, b = (forget("--steps", "2", "--surrogate", s, model="sd", out=s) for s in ("flip", "random"))
+    assert differ(a, b) and all(n.startswith("unet.") for n in weights(a))
+
+
 def launch(processes, folder, *flags):
     """The real program under torchrun, without the scoring."""
     script = folder / "launch.py"
