@@ -55,7 +55,7 @@ FAMILIES = {c.__name__: c for c in (DDPMPipeline, StableDiffusionPipeline, Stabl
 PAPER = {"ddpm": dict(steps=240, lr=5e-6, beta=5e-5, sampling_steps=50),
          "lora": dict(steps=100, lr=1e-5, beta=2e-4, guidance=7.0, sampling_steps=28)}  # fmt: skip
 # For toys like emoji/ddpm and emoji/sd3 (64 pixels, latents of 16x16 or less): larger rates.
-SMALL = {"ddpm": dict(steps=240, lr=5e-5, beta=5e-5, sampling_steps=50),
+SMALL = {"ddpm": dict(steps=240, lr=2.5e-5, beta=5e-5, sampling_steps=50),
          "lora": dict(steps=100, lr=1e-3, beta=2e-4, guidance=4.0, sampling_steps=15)}  # fmt: skip
 LORA = {"StableDiffusionPipeline": ["to_k", "to_q", "to_v", "to_out.0"],
         "StableDiffusion3Pipeline": [f"attn.{n}" for n in ("add_k_proj", "add_q_proj", "add_v_proj", "to_add_out", "to_k",
@@ -98,6 +98,15 @@ def coefficients(t, alpha_bar):
     return a.view(-1, 1, 1, 1), b.view(-1, 1, 1, 1)
 
 
+def flow_times(n, shift, generator):
+    """Times as Stable Diffusion 3 was trained on (Esser et al. 2024): logit-normal, shifted towards noise; (n,) in [1, 1000].
+
+    Not uniform: the velocity to the surrogate grows as 1 / s, so that near s = 0 a single draw would drown all others.
+    """
+    s = torch.randn(n, generator=generator).sigmoid()
+    return (1000 * shift * s / (1 + (shift - 1) * s)).clamp(min=1)
+
+
 def surrogate_noise(xt, x_s, a, b):
     """Eq. 10: the noise that would have led from the surrogate x_s to the noisy picture xt, (B, C, H, W)."""
     return (xt - a * x_s) / b
@@ -137,6 +146,15 @@ def denoise(predict, x, times, kind, alpha_bar, clip):
         a_next, b_next = (1, 0) if last else coefficients(times[i + 1].view(1), alpha_bar)
         x = a_next * x0 + b_next * (x - a * x0) / b
     return x
+
+
+def leave_out(pool, x_f):
+    """What the model drew, (n, C, h, w), without what shows a picture to forget, x_f (K, C, h, w): that must not be remembered.
+
+    It goes by distance, under 0.6 of the median: draws of one picture lie close together, other pictures far away.
+    """
+    distance = torch.cdist(pool.flatten(1), x_f.flatten(1))  # (n, K)
+    return pool[(distance >= 0.6 * distance.median(0).values).all(1)]
 
 
 # ---- 2. pictures ------------------------------------------------------------------------------------------------
@@ -281,12 +299,14 @@ def unlearn(args):
     family, ddpm = type(pipe).__name__, isinstance(pipe, DDPMPipeline)
     net = (pipe.transformer if family == "StableDiffusion3Pipeline" else pipe.unet).requires_grad_(False).eval()
     flow = family == "StableDiffusion3Pipeline"
+    shift = pipe.scheduler.config.shift if flow else None
     kind = "flow" if flow else pipe.scheduler.config.prediction_type
     alpha_bar = None if flow else pipe.scheduler.alphas_cumprod.to(device)  # (1000,)
     if kind not in ("flow", "epsilon", "v_prediction"):
         stop(f"--model {args.model} predicts {kind}; expected epsilon, v_prediction or flow matching")
     if ddpm and (args.prompt or args.surrogate_prompt):
         stop(f"--prompt {args.prompt or args.surrogate_prompt!r}: {args.model} is unconditional, it takes no prompt")
+    absent = "text_encoder_3=None, tokenizer_3=None, " if flow and pipe.text_encoder_3 is None else ""  # diffusers must be told
     scale = 1 if ddpm else pipe.vae_scale_factor
     small = net.config.sample_size <= 64 if ddpm else net.config.sample_size < 32
     recipe = (SMALL if small else PAPER)["ddpm" if ddpm else "lora"]
@@ -375,6 +395,10 @@ def unlearn(args):
                 dist.all_reduce(pool)  # each rank has filled its own rows
             if rank == 0:
                 save_whole(cache, {"remember": pool})
+        pool = leave_out(pool, x_f)
+        if rank == 0 and len(pool) < n_remember:
+            print(f"{n_remember - len(pool)} of {n_remember} show a picture to forget and are left out")
+        n_remember = len(pool)
     else:
         endings = (".png", ".jpg", ".jpeg", ".webp")
         unwanted = {f.stat().st_size: [g.read_bytes() for g in args.forget] for f in args.forget}
@@ -407,7 +431,7 @@ def unlearn(args):
             x = encode(pixels + float(kind_of[2] or 150) / 127.5 * torch.randn(pixels.shape, generator=g).to(device))
         elif kind_of[3] == "flip":
             x = encode(decode(x).flip(-1))
-        x_s.append(None if kind_of and kind_of[3] == "random" else x)
+        x_s.append(None if kind_of and kind_of[3] == "random" else x[0])
         if rank == 0 and x_s[k] is not None:
             to_image(decode(x)[0]).save(out / f"surrogate-{k}.png")
     keep_vae = pool is None and not ddpm
@@ -438,7 +462,7 @@ def unlearn(args):
         k, g = step // steps, torch.Generator().manual_seed(args.seed * 1_000_003 + 100_000 + step)
         mine = slice(rank * batch // world, (rank + 1) * batch // world)
         i_r, i_s = torch.randint(n_remember, (2, batch), generator=g)[:, mine].tolist()
-        t = 1 + 999 * torch.rand(batch, generator=g) if flow else torch.randint(1000, (batch,), generator=g)
+        t = flow_times(batch, shift, g) if flow else torch.randint(1000, (batch,), generator=g)
         t = t[mine].to(device)
         eps = torch.randn(batch, *x_f.shape[1:], generator=g)[mine].to(device)
         a, b = coefficients(t, alpha_bar)
@@ -450,8 +474,11 @@ def unlearn(args):
         g_r = flat_grad((lam * error_r).mean(), params)  # (n,), Eq. 12
 
         # Eq. 10 and 11: forget, at the same noise and timesteps. Its picture keeps x_t^f, its answer aims at the surrogate.
-        target = remember(i_s) if x_s[k] is None else x_s[k]  # random: a fresh one each update ("Ours" with a dagger)
-        xt_f = a * x_f[k] + b * eps
+        # Every second place goes to the pictures forgotten before: left to themselves, as in Algorithm 1, they come back.
+        who = [j // 2 % k if k and j % 2 == 0 else k for j in range(step, step + batch)][mine]
+        fresh = remember(i_s) if any(x is None for x in x_s) else x_r  # random: a fresh one each update ("Ours" with a dagger)
+        target = torch.stack([fresh[n] if x_s[j] is None else x_s[j] for n, j in enumerate(who)])  # (B, C, h, w)
+        xt_f = a * x_f[who] + b * eps
         eps_s = surrogate_noise(xt_f, target, a, b)
         error_f = per_picture(predict(xt_f, t, cond), answer(kind, target, eps_s, a, b))
         g_f = flat_grad(((1 - lam) * error_f).mean(), params)  # (n,), Eq. 12
@@ -500,7 +527,8 @@ def unlearn(args):
             whole.unload_lora_weights()
             whole.save_pretrained(temporary)
             os.replace(temporary, pipeline)
-        print(f"\nload it with:\n  pipe = {family}.from_pretrained({args.model!r})\n  pipe.load_lora_weights({str(out)!r})\n")
+        print(f"\nload it with:\n  pipe = {family}.from_pretrained({args.model!r}, {absent}dtype=torch.float32)\n"
+              f"  pipe.load_lora_weights({str(out)!r})\n")  # fmt: skip
     checkpoint.unlink(missing_ok=True)
     return out
 
