@@ -474,14 +474,15 @@ def unlearn(args):
         g_r = flat_grad((lam * error_r).mean(), params)  # (n,), Eq. 12
 
         # Eq. 10 and 11: forget, at the same noise and timesteps. Its picture keeps x_t^f, its answer aims at the surrogate.
-        # Every second place goes to the pictures forgotten before: left to themselves, as in Algorithm 1, they come back.
-        who = [j // 2 % k if k and j % 2 == 0 else k for j in range(step, step + batch)][mine]
-        fresh = remember(i_s) if any(x is None for x in x_s) else x_r  # random: a fresh one each update ("Ours" with a dagger)
-        target = torch.stack([fresh[n] if x_s[j] is None else x_s[j] for n, j in enumerate(who)])  # (B, C, h, w)
-        xt_f = a * x_f[who] + b * eps
-        eps_s = surrogate_noise(xt_f, target, a, b)
-        error_f = per_picture(predict(xt_f, t, cond), answer(kind, target, eps_s, a, b))
-        g_f = flat_grad(((1 - lam) * error_f).mean(), params)  # (n,), Eq. 12
+        # The pictures forgotten before take part, in turn: left to themselves, as in Algorithm 1, they come back.
+        g_f, fresh = 0, remember(i_s) if any(x is None for x in x_s) else None
+        earlier, current = [j % max(k, 1) for j in range(step, step + batch)], [k] * batch
+        for who in (earlier, current) if k else (current,):
+            target = torch.stack([fresh[n] if x_s[j] is None else x_s[j] for n, j in enumerate(who[mine])])  # (B, C, h, w)
+            xt_f = a * x_f[who[mine]] + b * eps
+            eps_s = surrogate_noise(xt_f, target, a, b)
+            error_f = per_picture(predict(xt_f, t, cond), answer(kind, target, eps_s, a, b))
+            g_f = g_f + flat_grad(((1 - lam) * error_f).mean(), params)  # (n,), Eq. 12
 
         # Eq. 13 and line 21
         grad, stats = SURGERY[args.surgery](g_f, g_r)

@@ -35,7 +35,7 @@ def parse_args(argv=None):
     p.add_argument("--remember", type=Path, default=HERE.parent / "emoji/creatures", help="folder of pictures")
     p.add_argument("--steps", type=int, default=10, help="updates per picture to forget")
     p.add_argument("--batch-size", type=int, default=8)
-    p.add_argument("--lr", type=float, help="default: 5e-6, for emoji/ddpm 5e-5")
+    p.add_argument("--lr", type=float, help="default: 5e-6, for emoji/ddpm 2.5e-5")
     p.add_argument("--lam", type=float, default=1.0, help="weight of forgetting")
     p.add_argument("--ascent", action="store_true", help="climb L_f alone, remember nothing")
     p.add_argument("--seed", type=int, default=0)
@@ -68,7 +68,7 @@ def unlearn(args):
     files = [f for f in files if f.read_bytes() not in unwanted]
     if not files:
         stop(f"--remember {args.remember}: no png or jpg files there")
-    lr = args.lr or (5e-5 if size <= 64 else 5e-6)
+    lr = args.lr or (2.5e-5 if size <= 64 else 5e-6)
     optimizer = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=0, fused=True)
     out.mkdir(parents=True, exist_ok=True)
     log = []
