@@ -435,7 +435,7 @@ def draw_instances(x_f, surrogates, probes, samples, copies, path, tile=96):
     font, left, top, shown = ImageFont.load_default(size=13), 76, 26, 8
     order = (sorted(range(len(copies)), key=lambda i: -copies[i])[: shown // 2] if max(copies) >= 0.4 else [])
     order += [i for i in range(len(copies)) if i not in order][: shown - len(order)]
-    height = top + len(x_f) * tile + 2 * top + 2 * tile
+    height = 2 * top + (len(x_f) + 2) * tile
     image = Image.new("RGB", (left + shown * tile + 8, height), "white")
     pen = ImageDraw.Draw(image)
 

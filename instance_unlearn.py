@@ -281,7 +281,7 @@ def unlearn(args):
     surrogates = args.surrogate * len(args.forget) if len(args.surrogate) == 1 else args.surrogate
     if len(surrogates) != len(args.forget):
         stop(f"{len(args.forget)} pictures but {len(surrogates)} surrogates; give one --surrogate for all, or one each")
-    kinds = [re.fullmatch(r"(sdedit|noise)(?::([\d.]+))?|(flip|random)", s) for s in surrogates]
+    kinds = [re.fullmatch(r"(sdedit|noise)(?::(\d*\.?\d+))?|(flip|random)", s) for s in surrogates]
     out = args.out or Path("runs") / ("instance-" + "-".join(f.stem for f in args.forget)[:80])
     log_file, checkpoint = out / "log.jsonl", out / "checkpoint.safetensors"
     lora_file, pipeline = out / "pytorch_lora_weights.safetensors", out / "pipeline"
@@ -395,7 +395,7 @@ def unlearn(args):
                 dist.all_reduce(pool)  # each rank has filled its own rows
             if rank == 0:
                 save_whole(cache, {"remember": pool})
-        pool = leave_out(pool, x_f)
+        pool = leave_out(pool, x_f) if n_remember else pool
         if rank == 0 and len(pool) < n_remember:
             print(f"{n_remember - len(pool)} of {n_remember} show a picture to forget and are left out")
         n_remember = len(pool)
