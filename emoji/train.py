@@ -766,10 +766,11 @@ def report_ddpm(args, x0, n=60):
     drawn = sampler(n, generator=g, num_inference_steps=50, output_type="np").images
     drawn = torch.from_numpy(drawn).permute(0, 3, 1, 2) * 2 - 1
     nearest = (detect(drawn.to(args.device)) @ detect(x0.to(args.device)).T).amax(1)
-    sheet = Image.new("RGB", (20 * SIZE, 9 * SIZE + 28), "white")
+    side = SIZE // 2
+    sheet = Image.new("RGB", (20 * side, 9 * side + 14), "white")
     for line, tiles in enumerate((x, z.cpu(), drawn)):  # three rows each: real, noised and given back, drawn from noise
         for k in range(n):
-            sheet.paste(picture(tiles[k]).resize((SIZE, SIZE)), (k % 20 * SIZE, (3 * line + k // 20) * SIZE + 14 * line))
+            sheet.paste(picture(tiles[k]), (k % 20 * side, (3 * line + k // 20) * side + 7 * line))
     sheet.quantize(256).save(args.out / "contact_sheet_ddpm.png", optimize=True)
     share = lambda v, level: round((v > level).float().mean().item(), 3)  # noqa: E731
     return {"n": n, "given_back": {"mean": round(back.mean().item(), 3), "above_0.8": share(back, 0.8)},
