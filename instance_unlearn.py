@@ -101,7 +101,7 @@ def coefficients(t, alpha_bar):
 def flow_times(n, shift, generator):
     """Times as Stable Diffusion 3 was trained on (Esser et al. 2024): logit-normal, shifted towards noise; (n,) in [1, 1000].
 
-    Not uniform: the velocity to the surrogate grows as 1 / s, so that near s = 0 a single draw would drown all others.
+    Not uniform, as Algorithm 1 has it: the velocity to the surrogate grows as 1 / s, and a draw near s = 0 drowns all others.
     """
     s = torch.randn(n, generator=generator).sigmoid()
     return (1000 * shift * s / (1 + (shift - 1) * s)).clamp(min=1)
@@ -474,10 +474,10 @@ def unlearn(args):
         g_r = flat_grad((lam * error_r).mean(), params)  # (n,), Eq. 12
 
         # Eq. 10 and 11: forget, at the same noise and timesteps. Its picture keeps x_t^f, its answer aims at the surrogate.
-        # The pictures forgotten before take part, in turn: left to themselves, as in Algorithm 1, they come back.
+        # Not in Algorithm 1: the pictures forgotten before take part, in turn; left to themselves, they come back.
         g_f, fresh = 0, remember(i_s) if any(x is None for x in x_s) else None
-        earlier, current = [j % max(k, 1) for j in range(step, step + batch)], [k] * batch
-        for who in (earlier, current) if k else (current,):
+        current = [k] * batch
+        for who in ([j % k for j in range(step, step + batch)], current) if k else (current,):
             target = torch.stack([fresh[n] if x_s[j] is None else x_s[j] for n, j in enumerate(who[mine])])  # (B, C, h, w)
             xt_f = a * x_f[who[mine]] + b * eps
             eps_s = surrogate_noise(xt_f, target, a, b)
