@@ -99,3 +99,10 @@ def test_probe_of_a_perfect_flow_returns_the_picture():
     z = torch.randn(1, 4, 4, 4)
     oracle = lambda x, timestep: SimpleNamespace(sample=(x - z) / (timestep / 1000).view(-1, 1, 1, 1))  # noqa: E731
     torch.testing.assert_close(evaluation.denoise_flow(oracle, z, torch.randn(3, 4, 4, 4), {}), z.expand(3, -1, -1, -1))
+
+
+def test_probe_of_flow_takes_its_steps():
+    """A velocity that is the same everywhere carries the half-noised latent half a unit of time."""
+    z, noise, v = torch.randn(3, 1, 4, 4, 4)
+    constant = lambda x, timestep: SimpleNamespace(sample=v)  # noqa: E731
+    torch.testing.assert_close(evaluation.denoise_flow(constant, z, noise, {}), (z + noise) / 2 - v / 2)

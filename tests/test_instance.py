@@ -190,6 +190,40 @@ def test_generated_pictures_are_kept_for_a_resumed_run(forget):
     assert load_file(run / "remember.safetensors")["remember"].shape == (5, 3, 16, 16)
 
 
+def test_updates_by_hand(forget, photos, tiny_ddpm, monkeypatch):
+    """The gradient of the first update of two pictures, written out sample by sample from Algorithm 1 and Eq. 1 to 13."""
+    seen = []
+    write = method.write_grad
+    monkeypatch.setattr(method, "write_grad", lambda ps, g: (seen.append(([p.clone() for p in ps], g)), write(ps, g)))
+    two = [photos / "a.png", photos / "c.png"]
+    forget("--steps", "1", "--lr", "1e-3", "--beta", "9e-4", "--surrogate", str(photos / "b.png"), "flip", picture=two)
+    x_f = [pixels(p) for p in two]
+    x_s = [pixels(photos / "b.png"), x_f[1].flip(-1)]
+    pool = [method.read_any(photos / name, 16) for name in ("b.png", "d.png", "large.png")]
+    pipe = DDPMPipeline.from_pretrained(tiny_ddpm)
+    net, alpha_bar = pipe.unet, pipe.scheduler.alphas_cumprod
+    for k, (weights_then, got) in enumerate(seen):
+        for p, w in zip(net.parameters(), weights_then, strict=True):
+            p.data.copy_(w)
+        g = torch.Generator().manual_seed(100_000 + k)  # the draws, in their order: picture, (unused), time, noise
+        i_r = torch.randint(3, (2, 4), generator=g)[0].tolist()
+        times, eps = torch.randint(1000, (4,), generator=g), torch.randn(4, 3, 16, 16, generator=g)
+        losses = {"r": 0, "f": 0}
+        for n in range(4):
+            t, e, j = times[n], eps[n], i_r[n]
+            a, s, lam = alpha_bar[t].sqrt(), (1 - alpha_bar[t]).sqrt(), 1 - 9e-4 * t.item()
+            says = lambda x: net(x[None], t).sample[0]  # noqa: E731, B023
+            losses["r"] += lam * (e - says(a * pool[j] + s * e)).square().mean() / 4  # Eq. 1, 8
+            for f in {0, k}:  # the second picture's update holds the first one too
+                xt = a * x_f[f] + s * e
+                losses["f"] += (1 - lam) * ((xt - a * x_s[f]) / s - says(xt)).square().mean() / 4  # Eq. 10, 11
+        g_r, g_f = (torch.cat([g.flatten() for g in torch.autograd.grad(loss, net.parameters())]) for loss in losses.values())
+        if g_f @ g_r < 0:
+            g_f = g_f - (g_f @ g_r) / (g_r @ g_r) * g_r  # Eq. 13
+        torch.testing.assert_close(got, g_r + g_f, rtol=1e-3, atol=1e-4 * got.abs().max().item())
+    assert len(seen) == 2
+
+
 def test_a_forgotten_picture_moves_to_its_surrogate(forget, photos, tiny_ddpm):
     """The forget loss falls by more than half, at every noise level, on the model that plain diffusers loads."""
     run = forget("--steps", "60", "--lr", "2e-3", "--constant-lambda", "0.5", "--surrogate", str(photos / "b.png"))
