@@ -54,9 +54,9 @@ FAMILIES = {c.__name__: c for c in (DDPMPipeline, StableDiffusionPipeline, Stabl
 # The paper's settings: a DDPM is trained whole, Stable Diffusion by LoRA. Rank, guidance and sampling steps are not in it.
 PAPER = {"ddpm": dict(steps=240, lr=5e-6, beta=5e-5, sampling_steps=50),
          "lora": dict(steps=100, lr=1e-5, beta=2e-4, guidance=7.0, sampling_steps=28)}  # fmt: skip
-# For toys like emoji/ddpm and emoji/sd3 (64 pixels, latents of 16x16 or less): larger rates.
-SMALL = {"ddpm": dict(steps=240, lr=2.5e-5, beta=5e-5, sampling_steps=50),
-         "lora": dict(steps=100, lr=1e-3, beta=2e-4, guidance=4.0, sampling_steps=15)}  # fmt: skip
+# For toys like emoji/ddpm and emoji/sd3 (64 pixels, latents of 16x16 or less): larger rates, falling to 0 for each picture.
+SMALL = {"ddpm": dict(steps=240, lr=6e-5, beta=5e-5, sampling_steps=50, decay=True),
+         "lora": dict(steps=100, lr=1e-3, beta=2e-4, guidance=4.0, sampling_steps=15, decay=True)}  # fmt: skip
 LORA = {"StableDiffusionPipeline": ["to_k", "to_q", "to_v", "to_out.0"],
         "StableDiffusion3Pipeline": [f"attn.{n}" for n in ("add_k_proj", "add_q_proj", "add_v_proj", "to_add_out", "to_k",
                                                            "to_out.0", "to_q", "to_v")]}  # fmt: skip
@@ -98,12 +98,17 @@ def coefficients(t, alpha_bar):
     return a.view(-1, 1, 1, 1), b.view(-1, 1, 1, 1)
 
 
-def flow_times(n, shift, generator):
-    """Times as Stable Diffusion 3 was trained on (Esser et al. 2024): logit-normal, shifted towards noise; (n,) in [1, 1000].
+def draw_times(n, shift, generator):
+    """n timesteps (n,), one from each n-th of their distribution: the same on average as independent draws, with less noise.
 
-    Not uniform, as Algorithm 1 has it: the velocity to the surrogate grows as 1 / s, and a draw near s = 0 drowns all others.
+    Uniform on 0..999 where shift is None (Algorithm 1). Flow matching: logit-normal and shifted towards noise, in [1, 1000],
+    as Stable Diffusion 3 was trained (Esser et al. 2024), for the velocity to the surrogate grows as 1 / s: with uniform
+    times, a draw near s = 0 drowns all others.
     """
-    s = torch.randn(n, generator=generator).sigmoid()
+    u = (torch.arange(n) + torch.rand(n, generator=generator)) / n
+    if shift is None:
+        return (1000 * u).long().clamp(max=999)  # rounding may lift u to 1
+    s = torch.special.ndtri(u).sigmoid()
     return (1000 * shift * s / (1 + (shift - 1) * s)).clamp(min=1)
 
 
@@ -313,7 +318,7 @@ def unlearn(args):
     size = args.resolution or net.config.sample_size * scale
     args.remember = args.remember or (str(HERE / "emoji/creatures") if small and ddpm else "generate:100")
     steps, lr, beta = (recipe[k] if (v := getattr(args, k)) is None else v for k in ("steps", "lr", "beta"))
-    batch = args.batch_size
+    decay, batch = recipe.get("decay", False), args.batch_size
     if batch < 1 or batch % world:
         stop(f"--batch-size {batch} cannot be split over {world} processes; take a positive multiple of {world}")
     if steps < 1 or not 0 <= beta <= 1e-3 or not 0 <= (args.constant_lambda or 0) <= 1:
@@ -329,7 +334,7 @@ def unlearn(args):
     if rank == 0:
         weight = f"beta {beta:g}" if args.constant_lambda is None else f"lambda {args.constant_lambda:g}"
         print(f"{'small-model' if small else 'paper'} recipe for {family}: {steps} updates a picture, batch {batch}, "
-              f"lr {lr:g}, {weight}, surgery {args.surgery}")
+              f"lr {lr:g}{' falling to 0' * decay}, {weight}, surgery {args.surgery}")
         commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True).stdout.strip()
         about = {"torch": torch.__version__, "diffusers": diffusers.__version__, "commit": commit, "processes": world}
         save_whole(out / "args.json", text=json.dumps(about | {"settings": settings}, indent=1))
@@ -420,7 +425,7 @@ def unlearn(args):
         if kind_of is None:
             x = encode(read_exact(name, size, "--surrogate")[None])
         elif kind_of[1] == "sdedit":  # the model itself edits: to the noise level STRENGTH and back (Meng et al. 2022)
-            strength = float(kind_of[2] or 0.6)
+            strength = float(kind_of[2] or 0.7)
             if not times[-1] / 1000 <= strength <= 1:
                 stop(f"--surrogate {name}: expected a strength in (0, 1]")
             below = times[times <= 1000 * strength]
@@ -462,8 +467,7 @@ def unlearn(args):
         k, g = step // steps, torch.Generator().manual_seed(args.seed * 1_000_003 + 100_000 + step)
         mine = slice(rank * batch // world, (rank + 1) * batch // world)
         i_r, i_s = torch.randint(n_remember, (2, batch), generator=g)[:, mine].tolist()
-        t = flow_times(batch, shift, g) if flow else torch.randint(1000, (batch,), generator=g)
-        t = t[mine].to(device)
+        t = draw_times(batch, shift, g)[mine].to(device)
         eps = torch.randn(batch, *x_f.shape[1:], generator=g)[mine].to(device)
         a, b = coefficients(t, alpha_bar)
         lam = lambda_t(t, beta, args.constant_lambda)  # (B,)
@@ -485,6 +489,8 @@ def unlearn(args):
             g_f = g_f + flat_grad(((1 - lam) * error_f).mean(), params)  # (n,), Eq. 12
 
         # Eq. 13 and line 21
+        if decay:  # noise in the gradient moves a small model further than forgetting does; a falling rate averages it out
+            optimizer.param_groups[0]["lr"] = lr * (1 - step % steps / steps)
         grad, stats = SURGERY[args.surgery](g_f, g_r)
         write_grad(params, grad)
         optimizer.step()

@@ -132,10 +132,22 @@ def test_each_surgery_by_hand():
     assert method.SURGERY["forget"] is forget_only and method.SURGERY["both"] is pcgrad
 
 
+def test_times_are_spread_over_their_distribution(monkeypatch):
+    g = torch.Generator().manual_seed(0)
+    for _ in range(50):
+        assert (method.draw_times(8, None, g) // 125).tolist() == list(range(8))  # one from each eighth of 0..999
+    t = torch.cat([method.draw_times(4, None, g) for _ in range(4000)])
+    assert t.min() == 0 and t.max() == 999 and abs(t.float().mean() - 499.5) < 5
+    monkeypatch.setattr(torch, "rand", lambda n, generator: torch.full((n,), 1 - 2**-24))
+    assert method.draw_times(8, None, None)[-1] == 999  # 7 + (1 - 2^-24) is 8 in float32
+
+
 def test_times_of_flow_matching_are_those_it_was_trained_on():
     for shift, median in ((1.0, 500), (3.0, 750)):  # 3 * 0.5 / (1 + 2 * 0.5) = 0.75
-        t = method.flow_times(4001, shift, torch.Generator().manual_seed(0))
-        assert 1 <= t.min() and t.max() <= 1000 and abs(t.median() - median) < 25
+        t = method.draw_times(4001, shift, torch.Generator().manual_seed(0))
+        assert 1 <= t.min() and t.max() <= 1000 and abs(t.median() - median) < 1
+        logit = torch.logit(t / 1000 / (shift - (shift - 1) * t / 1000))
+        assert abs(logit.mean()) < 0.01 and abs(logit.std() - 1) < 0.02
 
 
 def test_what_shows_a_picture_to_forget_is_left_out():
@@ -207,7 +219,7 @@ def test_updates_by_hand(forget, photos, tiny_ddpm, monkeypatch):
             p.data.copy_(w)
         g = torch.Generator().manual_seed(100_000 + k)  # the draws, in their order: picture, (unused), time, noise
         i_r = torch.randint(3, (2, 4), generator=g)[0].tolist()
-        times, eps = torch.randint(1000, (4,), generator=g), torch.randn(4, 3, 16, 16, generator=g)
+        times, eps = method.draw_times(4, None, g), torch.randn(4, 3, 16, 16, generator=g)
         losses = {"r": 0, "f": 0}
         for n in range(4):
             t, e, j = times[n], eps[n], i_r[n]
@@ -274,6 +286,19 @@ def test_log_has_a_line_per_update_and_several_pictures_come_one_after_another(f
 def test_every_switch_changes_the_result(forget, flags):
     common = ["--steps", "4", "--surrogate", "flip", "--lr", "1e-2"]
     assert differ(forget(*common, out="plain"), forget(*common, *flags, out="other"))
+
+
+def test_rate_falls_to_zero_for_each_picture_in_the_small_recipe_alone(forget, photos, monkeypatch):
+    rates = []
+    step = torch.optim.AdamW.step
+    spy = lambda self, *a: (rates.append(self.param_groups[0]["lr"]), step(self, *a))[1]  # noqa: E731
+    monkeypatch.setattr(torch.optim.AdamW, "step", spy)
+    forget("--steps", "4", "--lr", "1e-3", "--surrogate", "flip", picture=[photos / "a.png", photos / "b.png"])
+    assert rates == pytest.approx([1e-3, 7.5e-4, 5e-4, 2.5e-4] * 2)
+    rates.clear()
+    monkeypatch.setattr(method, "SMALL", method.PAPER)
+    forget("--steps", "3", "--surrogate", "flip", out="paper")
+    assert rates == [5e-6] * 3
 
 
 def test_surgery_matters_once_the_gradients_conflict(forget, photos):
