@@ -101,9 +101,9 @@ def coefficients(t, alpha_bar):
 def draw_times(n, shift, generator):
     """n timesteps (n,), one from each n-th of their distribution: the same on average as independent draws, with less noise.
 
-    Uniform on 0..999 where shift is None (Algorithm 1). Flow matching: logit-normal and shifted towards noise, in [1, 1000],
-    as Stable Diffusion 3 was trained (Esser et al. 2024), for the velocity to the surrogate grows as 1 / s: with uniform
-    times, a draw near s = 0 drowns all others.
+    The spreading is not in Algorithm 1. Uniform on 0..999 where shift is None, as there. Flow matching: logit-normal and
+    shifted towards noise, in [1, 1000], as Stable Diffusion 3 was trained (Esser et al. 2024), for the velocity to the
+    surrogate grows as 1 / s: with uniform times, a draw near s = 0 drowns all others.
     """
     u = (torch.arange(n) + torch.rand(n, generator=generator)) / n
     if shift is None:
@@ -489,10 +489,10 @@ def unlearn(args):
             g_f = g_f + flat_grad(((1 - lam) * error_f).mean(), params)  # (n,), Eq. 12
 
         # Eq. 13 and line 21
-        if decay:  # noise in the gradient moves a small model further than forgetting does; a falling rate averages it out
-            optimizer.param_groups[0]["lr"] = lr * (1 - step % steps / steps)
         grad, stats = SURGERY[args.surgery](g_f, g_r)
         write_grad(params, grad)
+        if decay:  # not in Algorithm 1: at a constant rate, the gradient's noise alone moves a small model far
+            optimizer.param_groups[0]["lr"] = lr * (1 - step % steps / steps)
         optimizer.step()
 
         # -- log: every update is kept, every tenth waits for the device
