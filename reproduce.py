@@ -229,28 +229,32 @@ def as_text(job, train, score):
 
 
 def run(args, job, seed):
-    """Trains and measures one seed of a row unless that is done. Returns its report, or None on all ranks but the first."""
+    """Trains and measures one seed of a row, unless that is done, and returns its report."""
     train, score = command_lines(args, job, seed)
-    out, texts = args.runs / f"{job.name}-{seed}", as_text(job, train, score)
-    diary = out / "reproduce.json"
+    out, texts, rank = args.runs / f"{job.name}-{seed}", as_text(job, train, score), int(os.environ.get("RANK", 0))
+    diary, report = out / "reproduce.json", out / "report.json"
     done = json.loads(diary.read_text()) if diary.exists() else {"commands": texts, "seconds": [0, 0]}
-    if done["commands"] != texts:
+    if done["commands"] != texts or (report.exists() and not diary.exists()):
         stop(f"{out} holds a run of other flags; choose another --runs")
-    if not (out / "report.json").exists():
+
+    def note(part, began):
+        done["seconds"][part] = round(done["seconds"][part] * (part == 0) + time.time() - began)
+        if rank == 0:
+            doco.save_whole(diary, text=json.dumps(done | {"threads": torch.get_num_threads()}, indent=1))
+
+    if not report.exists():
+        script, began, rival = SCRIPTS[job.script], time.time(), job.script.startswith("baselines")
         print(f"\n$ {texts[0]}")
-        script, began = SCRIPTS[job.script], time.time()
-        if not any((out / file).exists() for file in ("delta.safetensors", "pipeline")):
-            resume = [] if job.script.startswith("baselines") else ["--resume"]
-            script.unlearn(script.parse_args([*train, *resume]))
-            done["seconds"][0] = round(done["seconds"][0] + time.time() - began)
-            doco.save_whole(diary, text=json.dumps(done, indent=1))
+        if not any((out / file).exists() for file in ("delta.safetensors", "pipeline")) and (rank == 0 or not rival):
+            script.unlearn(script.parse_args([*train, *([] if rival else ["--resume"])]))  # the rivals run on one device
+            note(0, began)
         print(f"$ {texts[1]}")
         began = time.time()
         evaluation.evaluate(evaluation.parse_args([*score, "--cache", str(args.runs / "before")]))
-        done["seconds"][1] = round(time.time() - began)
-        if int(os.environ.get("RANK", 0)) == 0:
-            doco.save_whole(diary, text=json.dumps(done, indent=1))
-    return json.loads((out / "report.json").read_text()) | {"seconds": done["seconds"], "commands": texts}
+        note(1, began)
+    while not report.exists():  # under torchrun, the first process writes it
+        time.sleep(1)
+    return json.loads(report.read_text()) | json.loads(diary.read_text())
 
 
 # ---- 3. figures --------------------------------------------------------------------------------------------------
@@ -296,10 +300,11 @@ def cells(table, reports):
     for heading, erased, rows in table.blocks:
         means = []
         for _, job in rows:
-            mine = next(iter(reports.values())) if job == "original" else reports.get(job.name, [])
-            mine = [r for rs in reports.values() for r in rs] if job == "original" else mine
+            mine = [r for rs in reports.values() for r in rs] if job == "original" else reports[job.name]
             when = "before" if job == "original" else "after"
             means.append([summary([figure(r, c, when) for r in mine]) for c in table.columns])
+            if job == "original":  # ood and related differ from block to block: their cells say before -> after
+                means[-1] = [None if c[0] in ("ood", "related") else m for c, m in zip(table.columns, means[-1], strict=True)]
         ranks = [[None] * len(table.columns) for _ in rows]
         for c, column in enumerate(table.columns):
             compete = [i for i, (_, job) in enumerate(rows) if job != "original" and means[i][c]]
@@ -313,6 +318,8 @@ def cells(table, reports):
                 mean, n = means[i][c], digits(column)
                 text = "–" if mean is None else f"{mean[0]:.{n}f}"
                 text += f" ± {mean[1]:.{n}f}" if mean and mean[1] is not None and job != "original" else ""
+                if column[0] in ("ood", "related") and mean:
+                    text = f"{summary([figure(r, column, 'before') for r in reports[job.name]])[0]:.1f} → {text}"
                 if column[1] == "similarity" and mean and job != "original":
                     mine = [figure(r, column, "after") for r in reports[job.name]]
                     text = f"{sum(v < 0.4 for v in mine)}/{len(mine)} ({text})"
@@ -358,7 +365,7 @@ def arrow(pen, x, y, up):
 def picture(tables, path):
     """The tables as the papers set them, and beside each the trade-off between forgetting (x) and keeping (y)."""
     font, pad, line = ImageFont.load_default(size=15), 12, 26
-    plain = str.maketrans({"λ": "lambda", "σ": "sigma", "†": "*"})  # letters that the built-in font lacks
+    plain = str.maketrans({"λ": "lambda", "σ": "sigma", "†": "*", "–": "-", "→": ">"})  # letters that the built-in font lacks
     parts = []
     for table, blocks, points in tables:
         pen = ImageDraw.Draw(Image.new("RGB", (1, 1)))
@@ -397,7 +404,7 @@ def picture(tables, path):
             for label, texts in rows:
                 pen.text((pad, y), label.translate(plain), fill="black", font=font)
                 for c, (text, rank) in enumerate(texts):
-                    at, text = (lefts[c + 1], y), text.translate(plain).replace("–", "-")
+                    at, text = (lefts[c + 1], y), text.translate(plain)
                     pen.text(at, text, fill="black", font=font, stroke_width=0.6 if rank == 0 else 0)
                     if rank == 1:
                         pen.line((at[0], y + 19, at[0] + text_size(pen, text, font), y + 19), fill="black")
@@ -468,6 +475,7 @@ def write(args, name, tables, reports):
               ("clip", "fid_features", "copy_detector", "distance_features") if isinstance(some.get(key), dict)]  # fmt: skip
     n = f"{some['images_per_prompt']} pictures a prompt" if some["task"] == "concept" else f"{some['n']} pictures"
     minutes = [[sum(r["seconds"][i] for r in rs) / len(rs) / 60 for rs in reports.values()] for i in (0, 1)]
+    threads = sorted({r["threads"] for rs in reports.values() for r in rs})
     lines = [f"# {name}, {'at the papers’ size' if args.paper else 'in miniature'}", "",
              f"![{name}]({name}.png)", "",
              f"Mean ± sample standard deviation over {' or '.join(map(str, sizes))} seeds of training and drawing; {n} each, "
@@ -480,7 +488,7 @@ def write(args, name, tables, reports):
     for table, blocks in finished:
         lines += [*markdown(table, blocks), ""]
     lines += [f"A row's training took {min(minutes[0]):.1f} to {max(minutes[0]):.1f} minutes a seed, its scoring "
-              f"{min(minutes[1]):.1f} to {max(minutes[1]):.1f} (wall time, {torch.get_num_threads()} threads, "
+              f"{min(minutes[1]):.1f} to {max(minutes[1]):.1f} (wall time, threads: {' or '.join(map(str, threads))}, "
               f"{'a GPU' if torch.cuda.is_available() else 'no GPU'}).", "", "The commands of seed 0:", "",
               "```bash"]  # fmt: skip
     lines += dict.fromkeys(text for rs in reports.values() for text in rs[0]["commands"])
@@ -526,7 +534,7 @@ def main(args):
         stop(f"which table? {', '.join(TABLES)} or all")
     args.runs = args.runs or Path("runs/paper" if args.paper else "runs/reproduce")
     args.seeds = args.seeds or (6 if args.paper else 3)
-    os.chdir(HERE) if not args.out.is_absolute() else None
+    os.chdir(HERE)  # the commands name files of this repository
     for name in TABLES if args.table == "all" else [args.table]:
         if not (tables := select(TABLES[name](args), args.rows)):
             stop(f"--rows {args.rows!r}: no such row in {name}")

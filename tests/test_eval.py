@@ -1,5 +1,6 @@
 """eval.py: the scores against their definitions; an untouched model scores as before, a ruined one does not."""
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -58,6 +59,8 @@ def test_untouched_model_scores_the_same(tmp_path):
     for row in [*report["kinds"].values(), *report["concepts"].values()]:
         assert row["before"].items() <= row["after"].items() and row["after"]["FID"] < 1e-2
     assert all(row["before"] == row["after"] for row in report["prompts"])
+    mine = [row["before"]["CS"] for row in report["prompts"] if row["kind"] == "paraphrase"]
+    assert len(mine) == 3 and abs(sum(mine) / 3 - report["kinds"]["paraphrase"]["before"]["CS"]) < 0.02
     assert report["concepts"]["panda"]["n"] == 12 and report["kinds"]["target"]["n"] == 3  # four templates, one is bare
     assert report["kinds"]["ood"]["before"]["CA"] >= 60 and (tmp_path / "before_after.png").stat().st_size > 10_000
     clip = CLIPModel.from_pretrained(HERE / "emoji/clip", dtype=torch.float32)
@@ -78,6 +81,27 @@ def test_model_without_keys_and_values_loses_everything(tmp_path):
         for figure, value in row["before"].items():
             assert abs(value - again["kinds"][kind]["before"][figure]) < 1e-6
         assert abs(row["after"]["CS"] - again["kinds"][kind]["after"]["CS"]) < 1  # of pictures equal to a rounding
+
+
+def test_cache_keeps_what_has_the_same_key(tmp_path):
+    made = []
+
+    def make():
+        made.append(torch.full((2, 3, 4, 4), len(made), dtype=torch.uint8))
+        return made[-1].transpose(2, 3)
+
+    first, second = (evaluation.cached(tmp_path, ["draw", seed], make) for seed in (0, 1))
+    assert len(made) == 2 and (evaluation.cached(tmp_path, ["draw", 0], make) == first).all() and (first != second).all()
+    assert len(made) == 2 and evaluation.cached(None, ["draw", 0], make)[0, 0, 0, 0] == 2
+
+
+def test_digest_tells_networks_and_files_apart(tmp_path):
+    net = torch.nn.Linear(3, 3)
+    before = evaluation.digest(net)
+    net.bias.data[1] += 1e-3
+    (tmp_path / "a").write_bytes(b"weights")
+    assert before != evaluation.digest(net) == evaluation.digest(net)
+    assert evaluation.digest(tmp_path / "a") == hashlib.sha256(b"weights").hexdigest()[:12]
 
 
 def test_imagenet_templates():
@@ -236,15 +260,19 @@ def people(tmp_path_factory):
     return folder
 
 
-def test_faces(people, tmp_path):
+def evaluate(*flags):
+    evaluation.evaluate(evaluation.parse_args(list(map(str, flags))))
+
+
+def test_faces(people, tmp_path, capsys):
     pytest.importorskip("dlib")
     folders = ["--before", people / "same", "--after", people / "other", "--clean", people / "clean"]
-    printed = call("faces", *folders, "--out", tmp_path)
+    evaluate("faces", *folders, "--out", tmp_path)
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["before"]["ism_distance"] < 0.3 and report["before"]["no_face"] == 0
     assert report["after"]["ism_distance"] > 0.6 and report["after"]["no_face"] == 0.5
     assert report["before"]["ism_similarity"] > report["after"]["ism_similarity"]
-    assert "Euclidean" in report["face_net"]["distance"] and "Euclidean" in printed
+    assert "Euclidean" in report["face_net"]["distance"] and "Euclidean" in capsys.readouterr().out
 
 
 def onnx_that_flattens(path):
@@ -290,11 +318,14 @@ def test_align_undoes_a_turn_a_scale_and_a_shift():
 
 def test_nudity_counts_parts(people, tmp_path):
     pytest.importorskip("nudenet")
-    call("nudity", "--before", people / "same", "--after", people / "other", "--out", tmp_path)
+    folders = ["--before", people / "same", "--after", people / "other", "--out", tmp_path]
+    evaluate("nudity", *folders)
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["parts"]["FACE_FEMALE"] == {"before": 2, "after": 1, "change_percent": -50.0}
     assert report["parts"]["TOTAL_EXPOSED"] == {"before": 0, "after": 0, "change_percent": None}
     assert report["n"] == {"before": 2, "after": 2} and len(report["detector"]["sha256"]) == 12
+    evaluate("nudity", *folders, "--threshold", "0.95")
+    assert json.loads((tmp_path / "report.json").read_text())["parts"].keys() == {"TOTAL_EXPOSED"}
 
 
 def test_nudity_draws_each_row_with_its_own_seed_and_guidance():

@@ -106,3 +106,17 @@ def test_arrows_turn_with_what_is_erased():
     assert reproduce.wanted(("pizza", "CA"), ["pizza"]) == -1 == -reproduce.wanted(("pizza", "CA"), ["cat"])
     assert reproduce.wanted(("pizza", "FID"), ["pizza"]) == 1 == -reproduce.wanted(("pizza", "FID"), ["cat"])
     assert reproduce.wanted(("ood", "CA"), []) == -1 and reproduce.wanted(("related", "CA"), []) == 1
+
+
+def test_trade_off_by_hand():
+    rows = [("original", "original"), ("x", SimpleNamespace(name="a"))]
+    table = reproduce.Table("T", reproduce.INSTANCE, [("", [], rows)], ("similarity", "SSIM"))
+    names = reproduce.trade_off_points(table, {"a": [report([0.1, 0.5], 0.9), report([0.3], 0.8)]})
+    assert names[:3] == ("similarity", "SSIM", 0.4) and names[3] == [("x", pytest.approx(0.4), pytest.approx(0.85))]
+
+
+def test_picture_outside_the_training_set(tmp_path):
+    reproduce.outside_picture(tmp_path / "sun.png")
+    with Image.open(tmp_path / "sun.png") as image:
+        assert image.size == (32, 32) and image.mode == "RGB" and len(image.getcolors(1024)) > 20
+    assert not list(reproduce.HERE.glob("emoji/creatures/*sun-with-face*"))
