@@ -323,10 +323,10 @@ def test_the_largest_face_counts(people):
     pytest.importorskip("dlib")
     embed, _ = evaluation.load_faces(None)
     hopper, collins = (Image.open(people / name) for name in ("clean/0.png", "other/0.png"))
-    both = Image.new("RGB", (768, 512))
-    both.paste(hopper.resize((256, 300)))
-    both.paste(collins, (256, 0))
-    assert (embed(both) - embed(collins)).norm() < 0.4 < 0.6 < (embed(both) - embed(hopper)).norm()
+    both = Image.new("RGB", (1024, 600))
+    both.paste(collins)
+    both.paste(hopper, (512, 0))  # hers is twice as high
+    assert (embed(both) - embed(hopper)).norm() < 0.4 < 0.6 < (embed(both) - embed(collins)).norm()
 
 
 def test_align_undoes_a_turn_a_scale_and_a_shift():
