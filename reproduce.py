@@ -42,7 +42,7 @@ SCRIPTS = {"doco.py": doco, "instance_unlearn.py": instance_unlearn, "baselines/
 # A row's run: its folder's name, the script and its flags, and the flags of eval.py. Both get --seed, --out or --after.
 Job = namedtuple("Job", "name script flags score")
 # Columns are (group, figure) pairs; a block is (heading, the groups that it erases, [(label, job or "original")]).
-Table = namedtuple("Table", "title columns blocks plot")
+Table = namedtuple("Table", "title columns blocks")
 
 
 def parse_args(argv=None):
@@ -104,13 +104,13 @@ def doco_table1(args):
     if not args.paper:  # one more kind of stand-in: a face
         blocks.append(("Erasing enraged face", ["enraged face"], [("DoCo", doco_job(args, [("enraged face", "face")], three))]))
     first = ("", [], [("original", "original")])
-    tables.append(Table("DoCo, Table 1: unlearning instances", doco_columns(three), [first, *blocks], ("CA", "CA")))
+    tables.append(Table("DoCo, Table 1: unlearning instances", doco_columns(three), [first, *blocks]))
     styles, blocks = ("Van Gogh", "Picasso", "Rembrandt") if args.paper else ("noto", "twemoji", "fluent"), []
     pairs = [(style, "painting" if args.paper else "emoji") for style in styles]
     for pair in pairs:
         job = doco_job(args, [pair], [p for p in pairs if p != pair], style=True)
         blocks.append((f"Erasing {pair[0]}", [pair[0]], [("DoCo", job)]))
-    tables.append(Table("DoCo, Table 1: unlearning styles", doco_columns(pairs)[:-1], [first, *blocks], ("CA", "CA")))
+    tables.append(Table("DoCo, Table 1: unlearning styles", doco_columns(pairs)[:-1], [first, *blocks]))
     return tables
 
 
@@ -120,7 +120,7 @@ def doco_table3(args):
             ("L2", doco_job(args, three[:1], three[1:], "--retain", "l2")),
             ("concept-preserving gradient", doco_job(args, three[:1], three[1:]))]  # fmt: skip
     title = "DoCo, Table 3: no retention, L2 loss, concept-preserving gradient"
-    return [Table(title, doco_columns(three), [(f"Erasing {three[0][0]}", [three[0][0]], rows)], ("CA", "CA"))]
+    return [Table(title, doco_columns(three), [(f"Erasing {three[0][0]}", [three[0][0]], rows)])]
 
 
 INSTANCE = [("", figure) for figure in ("similarity", "distance", "SSIM", "FID_pre", "FID_real")]
@@ -160,13 +160,13 @@ def instance_table1(args):
         rows = [("original", "original"), ("NegGrad", instance_job(args, who, script="baselines/neggrad.py")),
                 ("ours† (random surrogates)", instance_job(args, who, "--surrogate", "random")),
                 ("ours", instance_job(args, who))]  # fmt: skip
-        tables.append(Table(f"Instance unlearning, Table I: {title}", INSTANCE, [("", [], rows)], ("similarity", "SSIM")))
+        tables.append(Table(f"Instance unlearning, Table I: {title}", INSTANCE, [("", [], rows)]))
     return tables
 
 
 def one_block(args, title, rows):
     rows = [("original", "original"), *rows]
-    return [Table(f"Instance unlearning, {title}", INSTANCE, [("", [], rows)], ("similarity", "SSIM"))]
+    return [Table(f"Instance unlearning, {title}", INSTANCE, [("", [], rows)])]
 
 
 def instance_table2(args):
@@ -307,10 +307,11 @@ def cells(table, reports):
                 means[-1] = [None if c[0] in ("ood", "related") else m for c, m in zip(table.columns, means[-1], strict=True)]
         ranks = [[None] * len(table.columns) for _ in rows]
         for c, column in enumerate(table.columns):
-            compete = [i for i, (_, job) in enumerate(rows) if job != "original" and means[i][c]]
-            if len(compete) > 1:
-                for rank, i in enumerate(sorted(compete, key=lambda i: -wanted(column, erased) * means[i][c][0])[:2]):  # noqa: B023
-                    ranks[i][c] = rank
+            scores = {i: round(wanted(column, erased) * means[i][c][0], digits(column))
+                      for i, (_, job) in enumerate(rows) if job != "original" and means[i][c]}  # fmt: skip
+            best = sorted(set(scores.values()), reverse=True)  # equal figures share a rank; where all are equal, none has one
+            for i, score in scores.items():
+                ranks[i][c] = best.index(score) if len(best) > 1 and score in best[:2] else None
         lines = []
         for i, (label, job) in enumerate(rows):
             texts = []
@@ -365,7 +366,7 @@ def arrow(pen, x, y, up):
 def picture(tables, path):
     """The tables as the papers set them, and beside each the trade-off between forgetting (x) and keeping (y)."""
     font, pad, line = ImageFont.load_default(size=15), 12, 26
-    plain = str.maketrans({"λ": "lambda", "σ": "sigma", "†": "*", "–": "-", "→": ">"})  # letters that the built-in font lacks
+    plain = str.maketrans({"λ": "lambda", "σ": "sigma", "†": "*", "–": "-", "→": "to"})  # letters that the built-in font lacks
     parts = []
     for table, blocks, points in tables:
         pen = ImageDraw.Draw(Image.new("RGB", (1, 1)))
@@ -405,7 +406,7 @@ def picture(tables, path):
                 pen.text((pad, y), label.translate(plain), fill="black", font=font)
                 for c, (text, rank) in enumerate(texts):
                     at, text = (lefts[c + 1], y), text.translate(plain)
-                    pen.text(at, text, fill="black", font=font, stroke_width=0.6 if rank == 0 else 0)
+                    pen.text(at, text, fill="black", font=font, stroke_width=0.5 if rank == 0 else 0)
                     if rank == 1:
                         pen.line((at[0], y + 19, at[0] + text_size(pen, text, font), y + 19), fill="black")
                 y += line
@@ -421,50 +422,55 @@ def picture(tables, path):
 
 
 def trade_off(pen, points, box, font, plain):
-    """points: (x name, y name, x limit or None, [(label, x, y)])."""
-    x_name, y_name, limit, at = points
+    """points: (x name, y name, limit of x or None, [(label, [(x, y) of each seed])]). Small dots: seeds; large: their mean."""
+    x_name, y_name, limit, rows = points
     left, top, right, bottom = box
     pen.text((left - 50, top - 26), f"trade-off: {y_name} (up: kept) over {x_name} (left: forgotten)", fill="black", font=font)
     pen.rectangle(box, outline="gray")
-    if not at:
+    spans = [[xy[k] for _, seeds in rows for xy in seeds] + ([limit] if limit is not None and k == 0 else []) for k in (0, 1)]
+    if not rows:
         return
-    xs, ys = [p[1] for p in at] + [limit] * (limit is not None), [p[2] for p in at]
-    (x0, x1), (y0, y1) = ((min(v) - 0.08 * (max(v) - min(v) or 1), max(v) + 0.08 * (max(v) - min(v) or 1)) for v in (xs, ys))
-    colours = ("black", "firebrick", "darkblue", "darkgreen", "darkorange", "purple", "teal", "deeppink")
+    (x0, x1), (y0, y1) = ((min(v) - 0.08 * (max(v) - min(v) or 1), max(v) + 0.08 * (max(v) - min(v) or 1)) for v in spans)
+
+    def place(x, y):
+        return left + (x - x0) / (x1 - x0) * (right - left), bottom - (y - y0) / (y1 - y0) * (bottom - top)
+
+    def dot(x, y, r, colour):
+        pen.ellipse((x - r, y - r, x + r, y + r), fill=colour)
+
     if limit is not None:
-        x = left + (limit - x0) / (x1 - x0) * (right - left)
         for y in range(int(top), int(bottom), 10):
-            pen.line((x, y, x, y + 5), fill="red")
-    for k, (label, x, y) in enumerate(at):
-        px, py = left + (x - x0) / (x1 - x0) * (right - left), bottom - (y - y0) / (y1 - y0) * (bottom - top)
-        colour = colours[k % len(colours)]
-        pen.ellipse((px - 4, py - 4, px + 4, py + 4), fill=colour)
-        key = top + 4 + k * 20
-        pen.ellipse((right + 16, key + 4, right + 24, key + 12), fill=colour)
-        pen.text((right + 32, key), label.translate(plain), fill="black", font=font)
-    for value, where in ((x0, (left, bottom + 4)), (x1, (right - 36, bottom + 4)), (y0, (left - 46, bottom - 16)),
-                         (y1, (left - 46, top))):  # fmt: skip
+            pen.line((place(limit, 0)[0], y, place(limit, 0)[0], y + 5), fill="red")
+    for k, (label, seeds) in enumerate(rows):
+        colour = ("black", "firebrick", "blue", "darkgreen", "darkorange", "purple", "teal", "deeppink")[k % 8]
+        for xy in seeds:
+            dot(*place(*xy), 2, colour)
+        dot(*place(*(statistics.mean(v) for v in zip(*seeds, strict=True))), 5, colour)
+        dot(right + 20, top + 12 + k * 20, 5, colour)
+        pen.text((right + 32, top + 4 + k * 20), label.translate(plain), fill="black", font=font)
+    for value, where in ((x0, (left, bottom + 4)), (x1, (right - 36, bottom + 4)), (y0, (left - 50, bottom - 16)),
+                         (y1, (left - 50, top))):  # fmt: skip
         pen.text(where, f"{value:.3g}", fill="gray", font=font)
 
 
 def trade_off_points(table, reports):
-    """Every row as a point: how much of what was to be forgotten is left, how much of the rest."""
+    """Every row as points, one a seed: how much of what was to be forgotten is left, and how much of the rest."""
+    a_picture = ("", "SSIM") in table.columns
+    names, limit = (("similarity", "SSIM"), 0.4) if a_picture else (("CS of the erased", "CS of the kept"), None)
+
+    def place(report):
+        if a_picture:
+            return tuple(figure(report, ("", name), "after") for name in names)
+        values = {kind: [c["after"]["CS"] for c in report["concepts"].values() if c["kind"] == kind]
+                  for kind in ("target", "unrelated")}  # fmt: skip
+        return tuple(map(statistics.mean, values.values())) if all(values.values()) else None  # all erased: none is kept
+
     points = []
     for heading, _, rows in table.blocks:
         for label, job in rows:
-            if job == "original" or job.name not in reports:
-                continue
-            mine = reports[job.name]
-            if table.plot[0] == "similarity":
-                x, y = (summary([figure(r, ("", f), "after") for r in mine])[0] for f in table.plot)
-            else:  # mean CA over the erased and the kept concepts
-                of_kind = lambda kind: [c["after"]["CA"] for r in mine for c in r["concepts"].values() if c["kind"] == kind]  # noqa: B023, E731
-                x, y = statistics.mean(of_kind("target")), statistics.mean(of_kind("unrelated") or [float("nan")])
-                if y != y:
-                    continue  # nothing is kept where all are erased
-            points.append((label if len(rows) > 1 else heading, x, y))
-    names = table.plot if table.plot[0] == "similarity" else ("CA of the erased", "CA of the kept")
-    return (*names, 0.4 if table.plot[0] == "similarity" else None, points)
+            if job != "original" and all(seeds := [place(r) for r in reports[job.name]]):
+                points.append((label if len(rows) > 1 else heading, seeds))
+    return (*names, limit, points)
 
 
 def write(args, name, tables, reports):

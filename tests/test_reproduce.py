@@ -88,7 +88,7 @@ def report(similarity, ssim):
 
 def test_cells_by_hand():
     rows = [("original", "original"), *((name, SimpleNamespace(name=name)) for name in "abc")]
-    table = reproduce.Table("T", reproduce.INSTANCE, [("", [], rows)], ("similarity", "SSIM"))
+    table = reproduce.Table("T", reproduce.INSTANCE, [("", [], rows)])
     reports = {"a": [report([0.1, 0.5], 0.9), report([0.3, 0.2], 0.8)]}
     reports |= {"b": [report([0.2], 0.7)] * 2, "c": [report([0.0], 0.6)] * 2}
     ((_, _, lines),) = reproduce.cells(table, reports)
@@ -98,6 +98,7 @@ def test_cells_by_hand():
     assert lines["c"][0][1] == 0 and lines["b"][0][1] == 1  # less is better
     assert lines["a"][2] == (f"0.850 ± {statistics.stdev([0.9, 0.8]):.3f}", 0) and lines["b"][2][1] == 1  # more is better
     assert lines["a"][4] == ("–", None)
+    assert {lines[row][3] for row in "abc"} == {("1.00 ± 0.00", None)}  # where all are equal, none is best
     text = "\n".join(reproduce.markdown(table, reproduce.cells(table, reports)))
     assert "**0.850 ± 0.071**" in text and "<u>0.700 ± 0.000</u>" in text and "SSIM ↑" in text and "FID_pre ↓" in text
 
@@ -110,9 +111,9 @@ def test_arrows_turn_with_what_is_erased():
 
 def test_trade_off_by_hand():
     rows = [("original", "original"), ("x", SimpleNamespace(name="a"))]
-    table = reproduce.Table("T", reproduce.INSTANCE, [("", [], rows)], ("similarity", "SSIM"))
+    table = reproduce.Table("T", reproduce.INSTANCE, [("", [], rows)])
     names = reproduce.trade_off_points(table, {"a": [report([0.1, 0.5], 0.9), report([0.3], 0.8)]})
-    assert names[:3] == ("similarity", "SSIM", 0.4) and names[3] == [("x", pytest.approx(0.4), pytest.approx(0.85))]
+    assert names[:3] == ("similarity", "SSIM", 0.4) and names[3] == [("x", [(0.5, 0.9), (0.3, 0.8)])]
 
 
 def test_picture_outside_the_training_set(tmp_path):
