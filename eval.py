@@ -411,7 +411,7 @@ class Drawer:
             self.pipe.scheduler = DPMSolverMultistepScheduler.from_config(self.pipe.scheduler.config)
             self.steps = 15 if self.toy else 25
         parts = [part for _, part in sorted(self.pipe.components.items()) if isinstance(part, nn.Module)]
-        self.key = [digest(part) for part in parts] if cache else None  # None too once it has become another model
+        self.key = [*map(digest, parts), self.steps, self.guidance] if cache else None  # None too once it has changed
 
     def become(self, after):
         """Takes the weights of a run folder (changed tensors, LoRA or pipeline) or of a pipeline folder."""
@@ -531,7 +531,8 @@ def draw_before_after(lines, path, per_side=4, tile=88):
         y = top + line * (tile + 4)
         for side, (title, pictures) in enumerate(zip(("before", "after"), sides, strict=True)):
             x0 = left + side * (shown * tile + gap)
-            pen.text((x0 + 4, 6), title, fill="black", font=font)
+            if line == 0:
+                pen.text((x0 + 4, 6), title, fill="black", font=font)
             for k, picture in enumerate(pictures[:shown]):
                 image.paste(picture.resize((tile - 4, tile - 4), Image.BICUBIC), (x0 + k * tile, y))
         pen.text((8, y + tile // 2 - 22), heading, fill="gray", font=font)
