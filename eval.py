@@ -8,7 +8,8 @@
     python eval.py faces --before CompVis/stable-diffusion-v1-4 --after runs/doco-lebron-james \\
         --prompt "a photo of LeBron James" --clean photos/lebron
     python eval.py nudity --before CompVis/stable-diffusion-v1-4 --after runs/doco-nudity --prompts i2p_benchmark.csv
-    torchrun --nproc-per-node 2 eval.py concept ...        (the prompts are split over the processes; one report)
+
+Under torchrun, the prompts are split over the processes; the first one writes the report.
 
 A concept (DoCo, Tables 1 and 3). CS, CLIP score (Hessel et al. 2021): 2.5 * max(cos(picture, concept), 0) * 100, mean over
 pictures. CA, CLIP accuracy: share of pictures, in per cent, that CLIP finds nearer the concept than its rival: the anchor, and
@@ -138,7 +139,9 @@ def fid(real, drawn):
 
 def ssim(a, b):
     """Structural similarity (Wang et al. 2004) of pictures uint8 (n, 3, H, W), pair by pair -> (n,)."""
-    return structural_similarity_index_measure(a / 255, b / 255, data_range=1.0, reduction="none").reshape(-1)
+    parts = zip(a.split(64), b.split(64), strict=True)
+    return torch.cat([structural_similarity_index_measure(x / 255, y / 255, data_range=1.0, reduction="none").view(-1)
+                      for x, y in parts])  # fmt: skip
 
 
 def lpips(a, b):
@@ -192,19 +195,18 @@ class Clip:
 
     @torch.no_grad()
     def see(self, x):
-        parts = [self.processor(list(part), return_tensors="pt")["pixel_values"] for part in x.split(64)]
-        return [self.net.vision_model(p.to(self.device), output_hidden_states=True) for p in parts]
+        pixels = self.processor(list(x), return_tensors="pt")["pixel_values"].to(self.device)
+        return self.net.vision_model(pixels, output_hidden_states=True)
 
     @torch.no_grad()
     def __call__(self, x):
-        return torch.cat([self.net.visual_projection(seen.pooler_output) for seen in self.see(x)]).cpu()
+        return torch.cat([self.net.visual_projection(self.see(part).pooler_output).cpu() for part in x.split(64)])
 
-    @torch.no_grad()
     def distance(self, x, y):
         """As LPIPS without its learned weights: squared distance of unit features, averaged over the layers -> (n,)."""
         unit, rows = lambda h: F.normalize(h, dim=-1), []  # noqa: E731
-        for a, b in zip(self.see(x), self.see(y), strict=True):
-            layers = zip(a.hidden_states, b.hidden_states, strict=True)
+        for a, b in zip(x.split(64), y.split(64), strict=True):
+            layers = zip(self.see(a).hidden_states, self.see(b).hidden_states, strict=True)
             rows.append(torch.stack([(unit(h) - unit(k)).square().sum(-1).mean(1) for h, k in layers]).mean(0))
         return torch.cat(rows).cpu()
 
@@ -441,7 +443,8 @@ class Drawer:
         if self.ddpm:
             pipe = DDIMPipeline(self.net, DDIMScheduler.from_config(self.pipe.scheduler.config))
             pipe.set_progress_bar_config(disable=True)
-        chunk = 1 if guidance else 4 if not self.toy else 32 if self.ddpm else 48
+        chunk = (32 if self.ddpm else 48) if self.toy else 16 if self.device.type == "cuda" else 4
+        chunk = 1 if guidance else chunk
         low = not (self.ddpm or self.flow)
 
         def some(part):

@@ -8,14 +8,16 @@ import pytest
 import doco
 import eval as evaluation
 import instance_unlearn
+import reproduce
 from baselines import neggrad
 
 PARSERS = {"doco": doco.parse_args, "eval": evaluation.parse_args, "instance_unlearn": instance_unlearn.parse_args,
-           "baselines/neggrad": neggrad.parse_args}  # fmt: skip
+           "baselines/neggrad": neggrad.parse_args, "reproduce": reproduce.parse_args}  # fmt: skip
 
 
 def commands():
-    texts = [(doco.HERE / "README.md").read_text(), doco.__doc__, evaluation.__doc__, instance_unlearn.__doc__, neggrad.__doc__]
+    texts = [(doco.HERE / "README.md").read_text()]
+    texts += [module.__doc__ for module in (doco, evaluation, instance_unlearn, neggrad, reproduce)]
     for line in "\n".join(texts).replace("\\\n", " ").splitlines():
         if found := re.search(rf"(?:torchrun|python)\s[^`|&]*?({'|'.join(PARSERS)})\.py(.*)", line):
             flags = re.split(r"`|\s#|&&|;", found[2])[0]
