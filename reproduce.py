@@ -49,7 +49,7 @@ def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("table", nargs="?", choices=(*TABLES, "all"), help="which one")
     p.add_argument("--list", action="store_true", help="say what the tables are")
-    p.add_argument("--rows", default="", metavar="TEXT", help="only rows whose heading or label contains it")
+    p.add_argument("--rows", default="", metavar="TEXT", help="only rows whose title, heading or label contains it")
     p.add_argument("--seeds", type=int, help="how many: 0, 1, ... (default: 3; --paper 6)")
     p.add_argument("--steps", type=int, help="iterations of every training, for a quick look (default: each script's own)")
     p.add_argument("--num-images", type=int, help="of eval.py, for a quick look")
@@ -520,10 +520,11 @@ def outside_picture(path):
 
 
 def select(tables, text):
-    """The tables with only those rows whose heading or label contains the text."""
+    """The tables with only those rows whose title, heading or label contains the text."""
     result = []
     for table in tables:
-        blocks = [(h, e, [(label, job) for label, job in rows if text.lower() in f"{h} {label}".lower() or job == "original"])
+        fits = lambda *words: text.lower() in " ".join((table.title, *words)).lower()  # noqa: B023, E731
+        blocks = [(h, e, [(label, job) for label, job in rows if fits(h, label) or job == "original"])
                   for h, e, rows in table.blocks]  # fmt: skip
         if any(job != "original" for _, _, rows in blocks for _, job in rows):
             result.append(table._replace(blocks=[b for b in blocks if b[2]]))
