@@ -56,6 +56,7 @@ def parse_args(argv=None):
     p.add_argument("--paper", action="store_true", help="at the papers' size, with their models; needs a GPU and --data")
     p.add_argument("--data", type=Path, default=Path("paper-data"), help="with --paper: folder of pictures and judges")
     p.add_argument("--dry-run", action="store_true", help="print the commands, run nothing")
+    p.add_argument("--finished", action="store_true", help="write the table of the runs that are finished, run nothing")
     p.add_argument("--runs", type=Path, help="folder of the runs (default: runs/reproduce, with --paper runs/paper)")
     p.add_argument("--out", type=Path, default=Path("results"), help="folder of the tables")
     return p.parse_args(argv)
@@ -479,17 +480,20 @@ def write(args, name, tables, reports):
     sizes = sorted({len(rs) for rs in reports.values()})
     judges = [f"{key.replace('_', ' ')} {some[key]['name']} ({some[key]['sha256']})" for key in
               ("clip", "fid_features", "copy_detector", "distance_features") if isinstance(some.get(key), dict)]  # fmt: skip
-    n = f"{some['images_per_prompt']} pictures a prompt" if some["task"] == "concept" else f"{some['n']} pictures"
+    per = ("images_per_prompt", "pictures a prompt") if some["task"] == "concept" else ("n", "pictures")
+    n = f"{' or '.join(map(str, sorted({r[per[0]] for rs in reports.values() for r in rs})))} {per[1]}"
     minutes = [[sum(r["seconds"][i] for r in rs) / len(rs) / 60 for rs in reports.values()] for i in (0, 1)]
     threads = sorted({r["threads"] for rs in reports.values() for r in rs})
     lines = [f"# {name}, {'at the papers’ size' if args.paper else 'in miniature'}", "",
              f"![{name}]({name}.png)", "",
-             f"Mean ± sample standard deviation over {' or '.join(map(str, sizes))} seeds of training and drawing; {n} each, "
+             f"Mean ± sample standard deviation over {' or '.join(map(str, sizes))} seeds of training and drawing; {n}, "
              f"before and after from the same noise. Best in bold, second best underlined where rows compete. "
              f"Judged by {'; '.join(judges)}.", ""]  # fmt: skip
     if not args.paper:
         lines += ["These are figures of small models, drawn 32 or 64 pixels wide and judged by small networks: they can be "
                   "compared with each other, not with the papers'.", ""]  # fmt: skip
+    missing = [job for job in all_jobs(TABLES[name](args)) if job not in reports]
+    lines += [f"Missing, for they were not run or not asked for: {', '.join(missing)}.", ""] if missing else []
     finished = [(table, cells(table, reports)) for table in tables]
     for table, blocks in finished:
         lines += [*markdown(table, blocks), ""]
@@ -519,15 +523,19 @@ def outside_picture(path):
         sheet.convert("RGB").crop((x, y, x + 64, y + 64)).resize((32, 32), Image.LANCZOS).save(path)
 
 
-def select(tables, text):
-    """The tables with only those rows whose title, heading or label contains the text."""
+def all_jobs(tables):
+    """{name: job}: a row that stands twice is run once."""
+    return {job.name: job for table in tables for _, _, rows in table.blocks for _, job in rows if job != "original"}
+
+
+def select(tables, fits):
+    """The tables with only those rows for which fits("title heading label", job), and the original's, but not that alone."""
     result = []
     for table in tables:
-        fits = lambda *words: text.lower() in " ".join((table.title, *words)).lower()  # noqa: B023, E731
-        blocks = [(h, e, [(label, job) for label, job in rows if fits(h, label) or job == "original"])
+        blocks = [(h, e, [(label, job) for label, job in rows if job == "original" or fits(f"{table.title} {h} {label}", job)])
                   for h, e, rows in table.blocks]  # fmt: skip
         if any(job != "original" for _, _, rows in blocks for _, job in rows):
-            result.append(table._replace(blocks=[b for b in blocks if b[2]]))
+            result.append(table._replace(blocks=[b for b in blocks if any(job != "original" for _, job in b[2]) or not b[0]]))
     return result
 
 
@@ -543,9 +551,9 @@ def main(args):
     args.seeds = args.seeds or (6 if args.paper else 3)
     os.chdir(HERE)  # the commands name files of this repository
     for name in TABLES if args.table == "all" else [args.table]:
-        if not (tables := select(TABLES[name](args), args.rows)):
+        if not (tables := select(TABLES[name](args), lambda words, _: args.rows.lower() in words.lower())):
             stop(f"--rows {args.rows!r}: no such row in {name}")
-        jobs = dict((job.name, job) for t in tables for _, _, rows in t.blocks for _, job in rows if job != "original")
+        jobs = all_jobs(tables)
         if args.dry_run:
             for job in jobs.values():
                 for seed in range(args.seeds):
@@ -555,9 +563,14 @@ def main(args):
             outside_picture(args.runs / "twemoji-sun-with-face.png")
         reports = {}
         for k, job in enumerate(jobs.values()):
-            print(f"\n{name}, row {k + 1} of {len(jobs)}: {job.name}")
-            reports[job.name] = [run(args, job, seed) for seed in range(args.seeds)]
-        if int(os.environ.get("RANK", 0)) == 0:
+            seeds = [s for s in range(args.seeds) if not args.finished or (args.runs / f"{job.name}-{s}/report.json").exists()]
+            print(f"\n{name}, row {k + 1} of {len(jobs)}: {job.name}, {len(seeds)} seeds")
+            if seeds:
+                reports[job.name] = [run(args, job, seed) for seed in seeds]
+        tables = select(tables, lambda _, job: job.name in reports)  # noqa: B023
+        if not tables:
+            print(f"{name}: nothing is finished")
+        elif int(os.environ.get("RANK", 0)) == 0:
             write(args, name, tables, reports)
 
 

@@ -65,8 +65,10 @@ def test_instance_table4_at_reduced_size(small, tmp_path, monkeypatch, capsys):
     assert (small(*flags) / "instance-table4.md").read_text() == text
     with pytest.raises(SystemExit, match="holds a run of other flags"):
         small("instance-table4", "--steps", "3", "--seeds", "1")
-    # A run that was killed after its training is only measured
+    # A run that was killed after its training is only measured; until then, --finished leaves its row out
     (tmp_path / "runs/instance-one-0/report.json").unlink()
+    text = (small(*flags, "--finished") / "instance-table4.md").read_text()
+    assert "| no projection |" in text and "| project g_f |" not in text and "Missing, for" in text and "instance-one." in text
     measured = []
     monkeypatch.setattr(reproduce.evaluation, "evaluate", lambda args: measured.append(args.after.name) or 1 / 0)
     with pytest.raises(ZeroDivisionError):
