@@ -158,7 +158,7 @@ def instance_job(args, who, *flags, script="instance_unlearn.py"):
 def instance_table1(args):
     tables = []
     for who, title in (("one", "a single instance"), ("four", "four instances, one after another")):
-        rows = [("original", "original"), ("NegGrad", instance_job(args, who, script="baselines/neggrad.py")),
+        rows = [("NegGrad", instance_job(args, who, script="baselines/neggrad.py")),
                 ("ours† (random surrogates)", instance_job(args, who, "--surrogate", "random")),
                 ("ours", instance_job(args, who))]  # fmt: skip
         tables.append(Table(f"Instance unlearning, Table I: {title}", INSTANCE, [("", [], rows)]))
@@ -166,7 +166,6 @@ def instance_table1(args):
 
 
 def one_block(args, title, rows):
-    rows = [("original", "original"), *rows]
     return [Table(f"Instance unlearning, {title}", INSTANCE, [("", [], rows)])]
 
 
@@ -269,8 +268,6 @@ def figure(report, column, when):
         return part and part[when].get(name)
     if name == "similarity":  # of several pictures, the one forgotten least
         return max((row[when] for row in report["pictures"]), default=None)
-    if when == "before":
-        return None
     value = report[{"distance": "distance", "SSIM": "ssim", "FID_pre": "fid_pre", "FID_real": "fid_real"}[name]]
     return None if isinstance(value, str) else value
 
@@ -320,9 +317,9 @@ def cells(table, reports):
                 mean, n = means[i][c], digits(column)
                 text = "–" if mean is None else f"{mean[0]:.{n}f}"
                 text += f" ± {mean[1]:.{n}f}" if mean and mean[1] is not None and job != "original" else ""
-                if column[0] in ("ood", "related") and mean:
-                    text = f"{summary([figure(r, column, 'before') for r in reports[job.name]])[0]:.1f} → {text}"
-                if column[1] == "similarity" and mean and job != "original":
+                if mean and (column[0] in ("ood", "related") or column[1] == "similarity"):  # what it was before, row by row
+                    text = f"{summary([figure(r, column, 'before') for r in reports[job.name]])[0]:.{n}f} → {text}"
+                if mean and column[1] == "similarity":
                     mine = [figure(r, column, "after") for r in reports[job.name]]
                     text = f"{sum(v < 0.4 for v in mine)}/{len(mine)} ({text})"
                 texts.append((text, ranks[i][c]))

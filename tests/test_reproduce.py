@@ -89,20 +89,34 @@ def report(similarity, ssim):
 
 
 def test_cells_by_hand():
-    rows = [("original", "original"), *((name, SimpleNamespace(name=name)) for name in "abc")]
+    rows = [(name, SimpleNamespace(name=name)) for name in "abc"]
     table = reproduce.Table("T", reproduce.INSTANCE, [("", [], rows)])
     reports = {"a": [report([0.1, 0.5], 0.9), report([0.3, 0.2], 0.8)]}
     reports |= {"b": [report([0.2], 0.7)] * 2, "c": [report([0.0], 0.6)] * 2}
     ((_, _, lines),) = reproduce.cells(table, reports)
     lines = dict(lines)
-    assert lines["original"][0] == ("0.900", None) and lines["original"][2] == ("–", None)
-    assert lines["a"][0] == (f"1/2 (0.400 ± {statistics.stdev([0.5, 0.3]):.3f})", None)  # the worst of its pictures counts
+    assert lines["a"][0] == (f"1/2 (0.900 → 0.400 ± {statistics.stdev([0.5, 0.3]):.3f})", None)  # the worst of its pictures counts
     assert lines["c"][0][1] == 0 and lines["b"][0][1] == 1  # less is better
     assert lines["a"][2] == (f"0.850 ± {statistics.stdev([0.9, 0.8]):.3f}", 0) and lines["b"][2][1] == 1  # more is better
     assert lines["a"][4] == ("–", None)
     assert {lines[row][3] for row in "abc"} == {("1.00 ± 0.00", None)}  # where all are equal, none is best
     text = "\n".join(reproduce.markdown(table, reproduce.cells(table, reports)))
     assert "**0.850 ± 0.071**" in text and "<u>0.700 ± 0.000</u>" in text and "SSIM ↑" in text and "FID_pre ↓" in text
+
+
+def test_cells_of_concepts_by_hand():
+    """The original's row is what was before; ood and related say it in their own cells, for they differ from row to row."""
+
+    def report(ca):
+        concepts = {"cat": {"kind": "target", "before": {"CA": 90.0, "CS": 1.0}, "after": {"CA": ca, "CS": 1.0, "FID": 2.0}}}
+        return {"task": "concept", "concepts": concepts, "kinds": {"ood": {"before": {"CA": 80.0}, "after": {"CA": ca / 2}}}}
+
+    rows = [("original", "original"), ("x", SimpleNamespace(name="x")), ("y", SimpleNamespace(name="y"))]
+    table = reproduce.Table("T", [("cat", "CA"), ("cat", "FID"), ("ood", "CA")], [("Erasing cat", ["cat"], rows)])
+    ((_, _, lines),) = reproduce.cells(table, {"x": [report(10.0), report(30.0)], "y": [report(40.0)]})
+    assert [text for text, _ in lines[0][1]] == ["90.0", "–", "–"]
+    assert [text for text, _ in lines[1][1]] == ["20.0 ± 14.1", "2.0 ± 0.0", "80.0 → 10.0 ± 7.1"]
+    assert [rank for _, rank in lines[1][1]] == [0, None, 0] and lines[2][1][2] == ("80.0 → 20.0", 1)
 
 
 def test_arrows_turn_with_what_is_erased():
