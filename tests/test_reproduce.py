@@ -95,7 +95,8 @@ def test_cells_by_hand():
     reports |= {"b": [report([0.2], 0.7)] * 2, "c": [report([0.0], 0.6)] * 2}
     ((_, _, lines),) = reproduce.cells(table, reports)
     lines = dict(lines)
-    assert lines["a"][0] == (f"1/2 (0.900 → 0.400 ± {statistics.stdev([0.5, 0.3]):.3f})", None)  # the worst of its pictures counts
+    worst = [0.5, 0.3]  # of a run's pictures counts
+    assert lines["a"][0] == (f"1/2 (0.900 → 0.400 ± {statistics.stdev(worst):.3f})", None)
     assert lines["c"][0][1] == 0 and lines["b"][0][1] == 1  # less is better
     assert lines["a"][2] == (f"0.850 ± {statistics.stdev([0.9, 0.8]):.3f}", 0) and lines["b"][2][1] == 1  # more is better
     assert lines["a"][4] == ("–", None)
