@@ -242,6 +242,23 @@ def test_features_from_a_torchscript_file(tmp_path):
     assert about["name"] == "mean.pt"
 
 
+def test_copy_detector_from_a_torchscript_file(tmp_path):
+    """SSCD's interface: ImageNet's normalisation at 320 pixels. Of one colour, the mean of what the net sees is known."""
+
+    class Mean(torch.nn.Module):
+        def forward(self, x):
+            assert x.shape[2] == x.shape[3] == 320
+            return x.mean((2, 3))
+
+    torch.jit.script(Mean()).save(tmp_path / "sscd.pt")
+    detect, about = evaluation.load_copy_detector(SimpleNamespace(sscd=str(tmp_path / "sscd.pt")), False, "cpu")
+    colour = torch.tensor([10, 128, 250], dtype=torch.uint8)
+    wanted = (colour / 255 - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor([0.229, 0.224, 0.225])
+    torch.testing.assert_close(detect(colour.view(1, 3, 1, 1).expand(2, 3, 64, 64)), F.normalize(wanted[None]).expand(2, 3))
+    assert about["name"] == "sscd.pt"
+    assert evaluation.load_copy_detector(SimpleNamespace(sscd=None), False, "cpu")[1].startswith("skipped: give the file")
+
+
 # ---- faces and body parts, on real photographs ------------------------------------------------------------------
 
 
