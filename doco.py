@@ -153,7 +153,7 @@ def prompt_pairs(args):
 
 
 def stop(message):
-    sys.exit(f"doco.py: error: {message}")
+    sys.exit(f"{Path(sys.argv[0]).name}: error: {message}")  # a rival that uses this file speaks for itself
 
 
 def save_whole(path, tensors=None, text=None, metadata=None):

@@ -38,6 +38,7 @@ import json
 import os
 import sys
 import tempfile
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -403,7 +404,7 @@ class Drawer:
         except SystemExit as e:  # its message names the flag of another script
             stop(str(e).partition("error: ")[2].replace("--model", "--before"))
         self.pipe.set_progress_bar_config(disable=True)
-        self.family, self.device, self.cache, self.lora = type(self.pipe).__name__, device, cache, False
+        self.family, self.device, self.cache, self.strength = type(self.pipe).__name__, device, cache, None
         self.ddpm, self.flow = self.family == "DDPMPipeline", self.family == "StableDiffusion3Pipeline"
         self.net = self.pipe.transformer if self.flow else self.pipe.unet
         side = self.net.config.sample_size
@@ -420,6 +421,11 @@ class Drawer:
         folder, name = after / "pipeline" if (after / "pipeline").is_dir() else after, "transformer" if self.flow else "unet"
         if (after / "pytorch_lora_weights.safetensors").is_file():
             self.pipe.load_lora_weights(after)
+            about = json.loads((after / "args.json").read_text()) if (after / "args.json").is_file() else {}
+            if about.get("method") == "spm":  # its LoRA works as hard as a prompt resembles the target
+                from baselines.spm import transport
+
+                self.strength = transport(self.pipe, about["settings"]["target"])
         elif (after / "delta.safetensors").is_file() or (folder / name).is_dir():
             if (after / "delta.safetensors").is_file():
                 weights = load_file(after / "delta.safetensors")
@@ -448,12 +454,18 @@ class Drawer:
         low = not (self.ddpm or self.flow)
 
         def some(part):
+            if self.strength is None:
+                return alike(part)
+            groups = groupby(part, lambda i: self.strength(prompts[i]))
+            return torch.cat([alike(list(group), cross_attention_kwargs={"scale": m}) for m, group in groups])
+
+        def alike(part, **what):
             g = [torch.Generator().manual_seed(seeds[i]) for i in part]
             if self.ddpm:
-                what = {"batch_size": len(part)}
+                what |= {"batch_size": len(part)}
             else:
-                what = {"prompt": [prompts[i] for i in part],
-                        "guidance_scale": guidance[part[0]] if guidance else self.guidance}  # fmt: skip
+                what |= {"prompt": [prompts[i] for i in part],
+                         "guidance_scale": guidance[part[0]] if guidance else self.guidance}  # fmt: skip
             with torch.autocast(self.device.type, torch.bfloat16, enabled=low):
                 return torch.from_numpy(pipe(generator=g, **what, **options).images).permute(0, 3, 1, 2).float()
 
@@ -674,8 +686,9 @@ def concept(args):
         for i in mine[:: max(1, len(mine) // 2)][:2]:  # two prompts of each kind
             lines.append((kind, rows[i][2], *([to_pil(x) for x in pictures[w][i * n : i * n + n]] for w in pictures)))
     draw_before_after(lines, args.out / "before_after.png")
-    if (args.after / "log.jsonl").is_file():
-        log = [json.loads(line) for line in (args.after / "log.jsonl").read_text().splitlines()]
+    log = args.after / "log.jsonl"
+    log = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
+    if any("loss_d" in row for row in log):
         draw_curves(log, args.out / "curves.png")
 
     print(f"\n{'':22}{'CA before':>10}{'after':>8}{'CS before':>12}{'after':>8}{'FID':>9}{'n':>6}")

@@ -210,7 +210,7 @@ def read_any(path, size):
 
 
 def stop(message):
-    sys.exit(f"instance_unlearn.py: error: {message}")
+    sys.exit(f"{Path(sys.argv[0]).name}: error: {message}")  # a rival that uses this file speaks for itself
 
 
 def save_whole(path, tensors=None, text=None, metadata=None):
