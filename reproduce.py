@@ -34,10 +34,11 @@ from PIL import Image, ImageDraw, ImageFont
 import doco
 import eval as evaluation
 import instance_unlearn
-from baselines import neggrad
+from baselines import conabl, duo, erasediff, esd, forget_me_not, neggrad, siss, spm, uce
 
 HERE = Path(__file__).resolve().parent
-SCRIPTS = {"doco.py": doco, "instance_unlearn.py": instance_unlearn, "baselines/neggrad.py": neggrad}
+RIVAL_MODULES = (conabl, duo, erasediff, esd, forget_me_not, neggrad, siss, spm, uce)
+SCRIPTS = {f"{m.__name__.replace('.', '/')}.py": m for m in (doco, instance_unlearn, *RIVAL_MODULES)}
 
 # A row's run: its folder's name, the script and its flags, and the flags of eval.py. Both get --seed, --out or --after.
 Job = namedtuple("Job", "name script flags score")
@@ -73,7 +74,7 @@ def slug(*words):
     return re.sub(r"[^a-z0-9.]+", "-", " ".join(words).lower()).strip("-")
 
 
-def doco_job(args, concepts, keep, *flags, style=False):
+def doco_job(args, concepts, keep, *flags, style=False, script="doco.py"):
     """concepts, keep: [(name, anchor)]. Erases the former together and measures both."""
     targets, anchors = ([pair[i] for pair in concepts] for i in (0, 1))
     what = ["--target", *targets, "--anchor", *(anchors if not style else anchors[:1])]
@@ -84,7 +85,21 @@ def doco_job(args, concepts, keep, *flags, style=False):
         score += ["--templates", "imagenet", "--num-images", "10", "--features", str(args.data / "inception-2015-12-05.pt")]
     else:
         score += ["--num-images", "4" if style else "8"]
-    return Job(slug("doco", *targets, *flags), "doco.py", [*model, *what, *flags], score)
+    return Job(slug(Path(script).stem, *targets, *flags), script, [*model, *what, *flags], score)
+
+
+# The rivals, and the updates and batch of their papers or released codes. Their defaults on the small model are doco.py's, 250
+# updates of 8, and a rate that was chosen on the grumpy cat; at the papers' size, the defaults are their papers'.
+RIVALS = {"ESD": ("esd", "--steps", "1000", "--batch-size", "1"), "ConAbl": ("conabl", "--steps", "100"),
+          "SPM": ("spm", "--steps", "3000", "--batch-size", "1"), "UCE": ("uce",),
+          "Forget-Me-Not": ("forget_me_not", "--steps", "35", "--batch-size", "1")}  # fmt: skip
+
+
+def against_rivals(args, concepts, keep, own=False, **kind):
+    """Rows: every rival, then DoCo. own: with the updates and batches of their papers."""
+    rows = [(label, doco_job(args, concepts, keep, *(flags if own else ()), **kind, script=f"baselines/{name}.py"))
+            for label, (name, *flags) in RIVALS.items()]  # fmt: skip
+    return [*rows, ("DoCo", doco_job(args, concepts, keep, *(("--steps", "2000", "1000") if own else ()), **kind))]
 
 
 def instances(args):
@@ -101,17 +116,19 @@ def doco_table1(args):
     fourth = [] if args.paper else [("enraged face", "face")]  # one more kind of stand-in
     for k in (1, 2, 3):  # as the paper: one, two and three instances at once; what is not erased is measured as kept
         names = [name for name, _ in three[:k]]
-        job = doco_job(args, three[:k], three[k:])
-        blocks.append((f"Erasing {' and '.join(names)}", names, [("DoCo", job)]))
+        rows = against_rivals(args, three[:k], three[k:])
+        blocks.append((f"Erasing {' and '.join(names)}", names, rows if args.paper or k == 1 else rows[-1:]))
     for pair in fourth:
-        blocks.append((f"Erasing {pair[0]}", [pair[0]], [("DoCo", doco_job(args, [pair], three))]))
+        blocks.append((f"Erasing {pair[0]}", [pair[0]], against_rivals(args, [pair], three)))
+        rows = against_rivals(args, three[:1], three[1:], own=True)
+        blocks.append((f"Erasing {names[0]}, updates and batch of their papers", names[:1], rows))
     first = ("", [], [("original", "original")])
     tables.append(Table("DoCo, Table 1: unlearning instances", doco_columns(three + fourth), [first, *blocks]))
     styles, blocks = ("Van Gogh", "Picasso", "Rembrandt") if args.paper else ("noto", "twemoji", "fluent"), []
     pairs = [(style, "painting" if args.paper else "emoji") for style in styles]
     for pair in pairs:
-        job = doco_job(args, [pair], [p for p in pairs if p != pair], style=True)
-        blocks.append((f"Erasing {pair[0]}", [pair[0]], [("DoCo", job)]))
+        rows = against_rivals(args, [pair], [p for p in pairs if p != pair], style=True)
+        blocks.append((f"Erasing {pair[0]}", [pair[0]], rows if args.paper or pair[0] == "twemoji" else rows[-1:]))
     tables.append(Table("DoCo, Table 1: unlearning styles", doco_columns(pairs)[:-1], [first, *blocks]))
     return tables
 
@@ -138,7 +155,8 @@ def instance_job(args, who, *flags, script="instance_unlearn.py"):
     if args.paper:
         files = {"one": IDENTITIES[:1], "four": IDENTITIES, "outside": ("ffhq",)}[who]
         forget, edited = [[str(args.data / f"{f}{end}.png") for f in files] for end in ("", "-edited")]
-        model, real = ["--model", "google/ddpm-celebahq-256", "--remember", str(args.data / "celebahq")], args.data / "celebahq"
+        model, real = ["--model", "google/ddpm-celebahq-256"], args.data / "celebahq"
+        model += ["--remember", str(real)] if script != "baselines/duo.py" else []  # remembers nothing but pure noise
         score = ["--num-images", "10000", "--features", str(args.data / "inception-2015-12-05.pt"),
                  "--sscd", str(args.data / "sscd_disc_mixup.pt")]  # fmt: skip
     else:
@@ -147,22 +165,31 @@ def instance_job(args, who, *flags, script="instance_unlearn.py"):
         edited = [f"{CREATURES}/{f}.png" for f in FOUR.values()] if who == "four" else None
         model, real, score = [], CREATURES, []
     name = slug(Path(script).stem.replace("_unlearn", ""), who, *flags)
-    if script == "instance_unlearn.py":
+    if script in ("instance_unlearn.py", "baselines/duo.py"):
         if "--surrogate" not in flags and edited:
             flags = [*flags, "--surrogate", *edited]
-        if who == "four" and not args.paper:
+        if who == "four" and not args.paper and script == "instance_unlearn.py":
             flags = [*flags, "--beta", "1.5e-4", "--lr", "8e-5"]  # what four need of the small model (README)
     score = ["instance", "--before", model[1] if model else "emoji/ddpm", "--forget", *forget, "--real", str(real), *score]
     return Job(name, script, [*model, "--forget", *forget, *flags], score)
 
 
+# The rivals, as their papers or released codes train them (SISS: at t = 999 alone, or at all t); DUO is not in the paper
+INSTANCE_RIVALS = {"NegGrad": ("neggrad",), "EraseDiff": ("erasediff",), "SISS (t = 999)": ("siss",),
+                   "SISS (all t)": ("siss", "--full-range"), "DUO": ("duo",)}  # fmt: skip
+
+
 def instance_table1(args):
     tables = []
     for who, title in (("one", "a single instance"), ("four", "four instances, one after another")):
-        rows = [("NegGrad", instance_job(args, who, script="baselines/neggrad.py")),
-                ("ours† (random surrogates)", instance_job(args, who, "--surrogate", "random")),
-                ("ours", instance_job(args, who))]  # fmt: skip
-        tables.append(Table(f"Instance unlearning, Table I: {title}", INSTANCE, [("", [], rows)]))
+        ours = [("ours† (random surrogates)", instance_job(args, who, "--surrogate", "random"))]
+        ours += [("ours", instance_job(args, who))]
+        rows, equal = ([(label, instance_job(args, who, *flags, *same, script=f"baselines/{name}.py"))
+                        for label, (name, *flags) in INSTANCE_RIVALS.items()]
+                       for same in ((), ("--steps", "240", "--batch-size", "8")))  # fmt: skip
+        blocks = [("updates and batch of their papers", [], rows + ours)]
+        blocks += [("240 updates of 8 for all", [], equal + ours)] if who == "one" and not args.paper else []
+        tables.append(Table(f"Instance unlearning, Table I: {title}", INSTANCE, blocks))
     return tables
 
 
@@ -217,7 +244,7 @@ def command_lines(args, job, seed):
     """([flags of the training], [flags of eval.py]) of one seed."""
     out = args.runs / f"{job.name}-{seed}"
     train, score = [*job.flags, "--seed", str(seed), "--out", str(out)], [*job.score, "--after", str(out), "--seed", str(seed)]
-    if args.steps:
+    if args.steps and job.script != "baselines/uce.py":  # a formula
         train += ["--steps", str(args.steps)]
     if args.num_images:
         score += ["--num-images", str(args.num_images)]
@@ -225,8 +252,8 @@ def command_lines(args, job, seed):
 
 
 def as_text(job, train, score):
-    return [f"torchrun {job.script} {shlex.join(train)}" if job.script != "baselines/neggrad.py" else
-            f"python {job.script} {shlex.join(train)}", f"python eval.py {shlex.join(score)}"]  # fmt: skip
+    start = "python" if job.script.startswith("baselines") else "torchrun"
+    return [f"{start} {job.script} {shlex.join(train)}", f"python eval.py {shlex.join(score)}"]
 
 
 def run(args, job, seed):
@@ -246,7 +273,8 @@ def run(args, job, seed):
     if not report.exists():
         script, began, rival = SCRIPTS[job.script], time.time(), job.script.startswith("baselines")
         print(f"\n$ {texts[0]}")
-        if not any((out / file).exists() for file in ("delta.safetensors", "pipeline")) and (rank == 0 or not rival):
+        trained = any((out / file).exists() for file in ("delta.safetensors", "pytorch_lora_weights.safetensors", "pipeline"))
+        if not trained and (rank == 0 or not rival):
             script.unlearn(script.parse_args([*train, *([] if rival else ["--resume"])]))  # the rivals run on one device
             note(0, began)
         print(f"$ {texts[1]}")
@@ -468,7 +496,7 @@ def trade_off_points(table, reports):
     for heading, _, rows in table.blocks:
         for label, job in rows:
             if job != "original" and all(seeds := [place(r) for r in reports[job.name]]):
-                points.append((label if len(rows) > 1 else heading, seeds))
+                points.append((f"{label}{', ' * bool(label and heading)}{heading}" if len(table.blocks) > 1 else label, seeds))
     return (*names, limit, points)
 
 

@@ -121,5 +121,6 @@ def unlearn(args):
 
 if __name__ == "__main__":
     args = parse_args()
-    command = [sys.executable, str(HERE.parent / "eval.py"), "instance", "--before", args.model, "--after", str(unlearn(args))]
+    out = unlearn(args)
+    command = [sys.executable, str(HERE.parent / "eval.py"), "instance", "--before", args.model, "--after", str(out)]
     subprocess.run([*command, "--seed", str(args.seed), "--forget", *map(str, args.forget)])

@@ -43,7 +43,7 @@ sys.path.insert(0, str(HERE.parent))
 
 from doco import load_pipeline, prompt_pairs, save_whole, stop  # noqa: E402
 
-# The paper's settings; DoCo's number of updates and batch for toys like emoji/sd, and a larger rate
+# The paper's settings; doco.py's updates and batch for toys like emoji/sd, and a larger rate
 PAPER = dict(steps=3000, batch_size=1, lr=1e-4, guidance=3.0, sampling_steps=30)
 SMALL = dict(steps=250, batch_size=8, lr=1e-3, guidance=3.0, sampling_steps=15)
 LAYERS = r".*attentions.*\.(proj_in|proj_out|to_q|to_k|to_v|to_out\.0|ff\.net\.0\.proj|ff\.net\.2)"
@@ -104,7 +104,8 @@ def unlearn(args):
         stop(f"{out} already holds a run; choose another --out")
     pipe = load_pipeline(args.model, safety_checker=None, requires_safety_checker=False, dtype=torch.float32).to(device)
     unet, scale = pipe.unet.requires_grad_(False).eval(), pipe.vae_scale_factor
-    recipe = SMALL if unet.config.sample_size < 32 else PAPER
+    budget = SMALL["steps"] * len(args.target) * (2 if args.concept_type == "style" else 1)  # doco.py's
+    recipe = SMALL | {"steps": budget} if unet.config.sample_size < 32 else PAPER
     steps, batch, lr = (recipe[k] if (v := getattr(args, k)) is None else v for k in ("steps", "batch_size", "lr"))
     size = (args.resolution or unet.config.sample_size * scale) // scale  # side of a latent
     with torch.no_grad():
@@ -153,6 +154,7 @@ def unlearn(args):
 
 if __name__ == "__main__":
     args = parse_args()
-    command = [sys.executable, str(HERE.parent / "eval.py"), "concept", "--before", args.model, "--after", str(unlearn(args))]
+    out = unlearn(args)
+    command = [sys.executable, str(HERE.parent / "eval.py"), "concept", "--before", args.model, "--after", str(out)]
     command += ["--seed", str(args.seed), "--concept-type", args.concept_type, "--target", *args.target]
     subprocess.run([*command, "--anchor", *args.anchor])

@@ -94,6 +94,7 @@ def unlearn(args):
 
 if __name__ == "__main__":
     args = parse_args()
-    command = [sys.executable, str(HERE.parent / "eval.py"), "concept", "--before", args.model, "--after", str(unlearn(args))]
+    out = unlearn(args)
+    command = [sys.executable, str(HERE.parent / "eval.py"), "concept", "--before", args.model, "--after", str(out)]
     command += ["--seed", str(args.seed), "--concept-type", args.concept_type, "--target", *args.target]
     subprocess.run([*command, "--anchor", *args.anchor])

@@ -262,10 +262,19 @@ def test_concept_rivals_take_styles_and_several_targets(name, tiny, tmp_path, qu
         assert weights_of(module.unlearn(module.parse_args([*words, *flags, "--out", str(tmp_path / str(k))])))
 
 
+def logged(run, key):
+    return [json.loads(line)[key] for line in (run / "log.jsonl").read_text().splitlines()]
+
+
 def test_esd_learns_what_it_aims_at(tiny, tmp_path, quick):
-    run = run_concept("esd", tiny, tmp_path / "run", "--lr", "1e-3", "--train", "full", "--steps", "60")
-    losses = [json.loads(line)["loss"] for line in (run / "log.jsonl").read_text().splitlines()]
+    losses = logged(run_concept("esd", tiny, tmp_path / "run", "--lr", "1e-3", "--train", "full", "--steps", "60"), "loss")
     assert sum(losses[-10:]) < 0.7 * sum(losses[:10])
+
+
+def test_spm_is_anchored_at_the_original(tiny, tmp_path, quick):
+    runs = [run_concept("spm", tiny, tmp_path / k, "--lr", "1", "--steps", "8", "--anchoring", k) for k in ("0", "1000")]
+    free, held = (logged(run, "loss_anchoring") for run in runs)
+    assert free[0] == held[0] == 0 and free[-1] > 2 * held[-1] > 0  # at first the adapter does nothing
 
 
 def test_forget_me_not_reads_pictures(tiny, tmp_path, photos, quick):
@@ -340,6 +349,8 @@ def test_duo_moves_from_its_picture_to_the_surrogate(tiny_ddpm, photos, tmp_path
     run = run_instance("duo", tiny_ddpm, photos, tmp_path / "run", "--lr", "1e-3", "--steps", "20", "--prior", "0")
     gap = [loss_of(f, photos / "a.png") - loss_of(f, photos / "b.png") for f in (tiny_ddpm, run / "pipeline")]
     assert gap[1] > gap[0] + 0.01
+    losses = logged(run, "loss_preference")
+    assert math.isclose(losses[0], math.log(2), rel_tol=1e-6) and losses[-1] < losses[0] - 0.1  # measured from the original
 
 
 @pytest.mark.parametrize(("flags", "all_at_999"), (((), True), (("--full-range",), False)))
