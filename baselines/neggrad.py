@@ -1,11 +1,12 @@
-"""NegGrad: forget a picture by climbing its loss (Golatkar et al., CVPR 2020), as the rival of instance_unlearn.py, for a DDPM.
+"""NegGrad: forget a picture by climbing its loss (Golatkar et al., CVPR 2020); a rival of instance_unlearn.py, for a DDPM.
 
     x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) eps              of a picture to remember and of the one to forget: same eps, same t
     L_r = |eps - M(x_t^r, t)|^2,   L_f = |eps - M(x_t^f, t)|^2
     L   = L_r - lam L_f                                  as Lee et al. (arXiv 2603.10445, Sec. III-A) state it
     L   = -L_f                                           --ascent: without remembering, as SISS (Alberti et al.) compares it
 
-Nothing bounds L from below: stop early (their Sec. V: 10 steps).
+Nothing bounds L from below: stop early (Lee et al., Sec. V: 10 updates). SISS's released code has both forms, sums over pixels
+and clips the gradient's norm at 1; EraseDiff's climbs the loss of the pictures to remember, by mistake as it seems.
 
     python baselines/neggrad.py --forget emoji/creatures/twemoji-cowboy-hat-face.png
     python baselines/neggrad.py --model google/ddpm-celebahq-256 --forget face.png --remember celebahq/
@@ -25,7 +26,7 @@ from tqdm import tqdm
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from instance_unlearn import coefficients, load_pipeline, per_picture, read_any, read_exact, save_whole  # noqa: E402
+from instance_unlearn import coefficients, load_pipeline, per_picture, read_any, read_exact, save_whole, stop  # noqa: E402
 
 
 def parse_args(argv=None):
@@ -41,10 +42,6 @@ def parse_args(argv=None):
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--out", type=Path, help="run folder (default: runs/neggrad-PICTURE)")
     return p.parse_args(argv)
-
-
-def stop(message):
-    sys.exit(f"neggrad.py: error: {message}")
 
 
 def loss_neggrad(error_r, error_f, lam):
@@ -69,9 +66,8 @@ def unlearn(args):
     if not files:
         stop(f"--remember {args.remember}: no png or jpg files there")
     lr = args.lr or (2.5e-5 if size <= 64 else 5e-6)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=0, fused=True)
-    out.mkdir(parents=True, exist_ok=True)
-    log = []
+    optimizer, log = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=0, fused=True), []
+
     for step in tqdm(range(args.steps * len(x_f)), "NegGrad"):
         g = torch.Generator().manual_seed(args.seed * 1_000_003 + 100_000 + step)
         i = torch.randint(len(files), (args.batch_size,), generator=g).tolist()
@@ -84,11 +80,13 @@ def unlearn(args):
         loss_neggrad(error_r, error_f, args.lam).backward()
         optimizer.step()
         optimizer.zero_grad()
-        row = {"step": step, "loss_f": error_f.mean().item()}
-        log.append(row if error_r is None else row | {"loss_r": error_r.mean().item()})
-    save_whole(out / "log.jsonl", text="".join(json.dumps(row) + "\n" for row in log))
-    settings = {k: [str(x) for x in v] if isinstance(v, list) else str(v) for k, v in vars(args).items()}
-    save_whole(out / "args.json", text=json.dumps({"settings": settings | {"lr": lr}}, indent=1))
+        log.append({"loss_f": error_f.mean().detach()} | ({} if error_r is None else {"loss_r": error_r.mean().detach()}))
+
+    # -- save: plain diffusers loads it
+    out.mkdir(parents=True, exist_ok=True)
+    rows = [{"step": k} | {name: v.item() for name, v in row.items()} for k, row in enumerate(log)]
+    save_whole(out / "log.jsonl", text="".join(json.dumps(row) + "\n" for row in rows))
+    save_whole(out / "args.json", text=json.dumps({"settings": vars(args) | {"lr": lr}}, indent=1, default=str))
     shutil.rmtree(temporary := out / "pipeline.tmp", ignore_errors=True)
     pipe.save_pretrained(temporary)
     os.replace(temporary, out / "pipeline")
