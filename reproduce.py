@@ -107,8 +107,12 @@ def instances(args):
         ("Grumpy Cat", "Cat"), ("pizza", "food"), ("flag of japan", "flag")]  # fmt: skip
 
 
-def doco_columns(concepts):
-    return [(c, figure) for c, _ in concepts for figure in ("CS", "CA", "FID")] + [("ood", "CA"), ("related", "CA")]
+# Beside the paper's columns: prompts that draw the target without its words, its neighbours, and the anchor itself
+OTHERS = [("ood", "CA"), ("related", "CA"), ("anchor", "CS")]
+
+
+def doco_columns(concepts, others=OTHERS):
+    return [(c, figure) for c, _ in concepts for figure in ("CS", "CA", "FID")] + others
 
 
 def doco_table1(args):
@@ -129,7 +133,7 @@ def doco_table1(args):
     for pair in pairs:
         rows = against_rivals(args, [pair], [p for p in pairs if p != pair], style=True)
         blocks.append((f"Erasing {pair[0]}", [pair[0]], rows if args.paper or pair[0] == "twemoji" else rows[-1:]))
-    tables.append(Table("DoCo, Table 1: unlearning styles", doco_columns(pairs)[:-1], [first, *blocks]))
+    tables.append(Table("DoCo, Table 1: unlearning styles", doco_columns(pairs, OTHERS[::2]), [first, *blocks]))
     return tables
 
 
@@ -293,7 +297,7 @@ def figure(report, column, when):
     """One cell of one seed: a number, or None where the run has none. when: before | after."""
     group, name = column
     if report["task"] == "concept":
-        part = report["kinds"].get(group) if group in ("ood", "related") else report["concepts"].get(group)
+        part = report["kinds"].get(group) if column in OTHERS else report["concepts"].get(group)
         return part and part[when].get(name)
     if name == "similarity":  # of several pictures, the one forgotten least
         return max((row[when] for row in report["pictures"]), default=None)
@@ -330,8 +334,8 @@ def cells(table, reports):
             mine = [r for rs in reports.values() for r in rs] if job == "original" else reports[job.name]
             when = "before" if job == "original" else "after"
             means.append([summary([figure(r, c, when) for r in mine]) for c in table.columns])
-            if job == "original":  # ood and related differ from block to block: their cells say before -> after
-                means[-1] = [None if c[0] in ("ood", "related") else m for c, m in zip(table.columns, means[-1], strict=True)]
+            if job == "original":  # these differ from block to block: their cells say before -> after
+                means[-1] = [None if c in OTHERS else m for c, m in zip(table.columns, means[-1], strict=True)]
         ranks = [[None] * len(table.columns) for _ in rows]
         for c, column in enumerate(table.columns):
             scores = {i: round(wanted(column, erased) * means[i][c][0], digits(column))
@@ -346,7 +350,7 @@ def cells(table, reports):
                 mean, n = means[i][c], digits(column)
                 text = "–" if mean is None else f"{mean[0]:.{n}f}"
                 text += f" ± {mean[1]:.{n}f}" if mean and mean[1] is not None and job != "original" else ""
-                if mean and (column[0] in ("ood", "related") or column[1] == "similarity"):  # what it was before, row by row
+                if mean and (column in OTHERS or column[1] == "similarity"):  # what it was before, row by row
                     text = f"{summary([figure(r, column, 'before') for r in reports[job.name]])[0]:.{n}f} → {text}"
                 if mean and column[1] == "similarity":
                     mine = [figure(r, column, "after") for r in reports[job.name]]
