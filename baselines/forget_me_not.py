@@ -32,7 +32,7 @@ from instance_unlearn import read_any  # noqa: E402
 
 # The released settings; doco.py's updates and batch for toys like emoji/sd, and a larger rate
 PAPER = dict(steps=35, batch_size=1, lr=2e-6, images=10, guidance=6.0, sampling_steps=25)
-SMALL = dict(steps=250, batch_size=8, lr=1e-5, images=64, guidance=6.0, sampling_steps=15)
+SMALL = dict(steps=250, batch_size=8, lr=3e-6, images=64, guidance=6.0, sampling_steps=15)
 
 
 def parse_args(argv=None):

@@ -38,7 +38,7 @@ def parse_args(argv=None):
     p.add_argument("--preserve", nargs="*", default=[], help="more to preserve, beside the anchor")
     p.add_argument("--erase-scale", type=float, default=1.0, help="a, the weight of erasing")
     p.add_argument("--preserve-scale", type=float, default=1.0, help="b, the weight of preserving")
-    p.add_argument("--lamb", type=float, default=0.5, help="lam, the weight of leaving everything as it is")
+    p.add_argument("--lamb", type=float, help="lam, the weight of leaving all as it is (default: 0.5, for emoji/sd 5)")
     p.add_argument("--last-word", action="store_true", help="one vector of each prompt, its last word's")
     p.add_argument("--seed", type=int, default=0, help="of eval.py; the formula draws nothing")
     p.add_argument("--out", type=Path, help="run folder (default: runs/uce-TARGET)")
@@ -82,12 +82,13 @@ def unlearn(args):
             erase, guide = [*erase, e[:n]], [*guide, g[:n]]
     preserve = [read(pipe, text, args.last_word) for text in [*dict.fromkeys(a for a, _ in pairs), *args.preserve]]
     vectors = [torch.cat(part) for part in (erase, guide, preserve)]
-    scales = args.erase_scale, args.preserve_scale, args.lamb
+    lamb = (5.0 if pipe.unet.config.sample_size < 32 else 0.5) if args.lamb is None else args.lamb
+    scales = args.erase_scale, args.preserve_scale, lamb
     weights = {n: p for n, p in pipe.unet.named_parameters() if re.search(TRAINED["kv"], n)}
     edited = {n: edit(p.data, *vectors, *scales).float() for n, p in weights.items()}
 
     out.mkdir(parents=True, exist_ok=True)
-    save_whole(out / "args.json", text=json.dumps({"settings": vars(args)}, indent=1, default=str))
+    save_whole(out / "args.json", text=json.dumps({"settings": vars(args) | {"lamb": lamb}}, indent=1, default=str))
     save_whole(out / "delta.safetensors", edited, metadata={"format": "pt", "method": "uce", "base_model": args.model})
     return out
 
