@@ -40,7 +40,7 @@ def parse_args(argv=None):
     p.add_argument("--surrogate", nargs="+", type=Path, metavar="FILE", help="edited, one each (default: sdedit)")
     p.add_argument("--steps", type=int, help="updates per picture to forget (default: 1000, for emoji/ddpm 240)")
     p.add_argument("--batch-size", type=int, help="draws of noise and timestep for the pair (default: 4, for emoji/ddpm 8)")
-    p.add_argument("--lr", type=float, help="default: 6e-5, for emoji/ddpm 2.5e-5")
+    p.add_argument("--lr", type=float, help="default: 6e-5, for emoji/ddpm 1e-4")
     p.add_argument("--beta", type=float, default=500.0, help="how sharply the preference saturates")
     p.add_argument("--prior", type=float, default=5e6, help="weight of what pure noise becomes")
     p.add_argument("--seed", type=int, default=0)
@@ -65,7 +65,7 @@ def unlearn(args):
     if type(pipe).__name__ != "DDPMPipeline" or pipe.scheduler.config.prediction_type != "epsilon":
         stop(f"--model {args.model}: expected a DDPM that predicts epsilon")
     net, alpha_bar, size = pipe.unet.eval(), pipe.scheduler.alphas_cumprod.to(device), pipe.unet.config.sample_size
-    recipe = dict(steps=240, batch_size=8, lr=2.5e-5) if size <= 64 else dict(steps=1000, batch_size=4, lr=6e-5)
+    recipe = dict(steps=240, batch_size=8, lr=1e-4) if size <= 64 else dict(steps=1000, batch_size=4, lr=6e-5)
     steps, batch, lr = (recipe[k] if (v := getattr(args, k)) is None else v for k in ("steps", "batch_size", "lr"))
     predict = lambda x, t: net(x, t).sample  # noqa: E731
     out.mkdir(parents=True, exist_ok=True)
