@@ -375,7 +375,7 @@ def markdown(table, blocks):
     lines = [f"## {table.title}", "", "| |" + "|".join(f" {n} " for n in names) + "|", "|---|" + "---|" * len(names)]
     for heading, erased, rows in blocks:
         if heading:
-            arrows = ["↑" if wanted(c, erased) > 0 else "↓" for c in table.columns]
+            arrows = ["" if fixed else "↑" if wanted(c, erased) > 0 else "↓" for c in table.columns]
             lines.append(f"| *{heading}* |" + "|".join(f" {a} " for a in arrows) + "|")
         for label, texts in rows:
             marked = [f"**{t}**" if rank == 0 else f"<u>{t}</u>" if rank == 1 else t for t, rank in texts]
@@ -430,7 +430,7 @@ def picture(tables, path):
         for heading, erased, rows in blocks:
             if heading:
                 pen.text((pad, y), heading.translate(plain), fill="dimgray", font=font)
-                for c, column in enumerate(table.columns):
+                for c, column in enumerate([] if fixed else table.columns):
                     arrow(pen, lefts[c + 1] + 4, y, wanted(column, erased) > 0)
                 y += line
             for label, texts in rows:
@@ -453,12 +453,15 @@ def picture(tables, path):
 
 
 def trade_off(pen, points, box, font, plain):
-    """points: (x name, y name, limit of x or None, [(label, [(x, y) of each seed])]). Small dots: seeds; large: their mean."""
+    """points: (x name, y name, limit of x or None, [(label, heading, [(x, y) of each seed])]). Large marks: means.
+
+    Colours tell labels, and marks headings; where there is but one label, colours tell headings.
+    """
     x_name, y_name, limit, rows = points
     left, top, right, bottom = box
     pen.text((left - 50, top - 26), f"trade-off: {y_name} (up: kept) over {x_name} (left: forgotten)", fill="black", font=font)
     pen.rectangle(box, outline="gray")
-    spans = [[xy[k] for _, seeds in rows for xy in seeds] + ([limit] if limit is not None and k == 0 else []) for k in (0, 1)]
+    spans = [[xy[k] for *_, seeds in rows for xy in seeds] + ([limit] if limit is not None and k == 0 else []) for k in (0, 1)]
     if not rows:
         return
     (x0, x1), (y0, y1) = ((min(v) - 0.08 * (max(v) - min(v) or 1), max(v) + 0.08 * (max(v) - min(v) or 1)) for v in spans)
@@ -466,19 +469,31 @@ def trade_off(pen, points, box, font, plain):
     def place(x, y):
         return left + (x - x0) / (x1 - x0) * (right - left), bottom - (y - y0) / (y1 - y0) * (bottom - top)
 
-    def dot(x, y, r, colour):
-        pen.ellipse((x - r, y - r, x + r, y + r), fill=colour)
+    if len({label for label, _, _ in rows}) == 1:
+        rows = [(heading or label, "", seeds) for label, heading, seeds in rows]
+    labels, headings = (list(dict.fromkeys(row[k] for row in rows)) for k in (0, 1))
+
+    def mark(x, y, r, colour, heading):
+        kind = headings.index(heading)
+        if kind == 0:
+            pen.ellipse((x - r, y - r, x + r, y + r), fill=colour)
+        else:
+            pen.regular_polygon((x, y, 1.3 * r), (4, 3, 5)[(kind - 1) % 3], fill=colour)
 
     if limit is not None:
         for y in range(int(top), int(bottom), 10):
             pen.line((place(limit, 0)[0], y, place(limit, 0)[0], y + 5), fill="red")
-    for k, (label, seeds) in enumerate(rows):
-        colour = ("black", "firebrick", "blue", "darkgreen", "darkorange", "purple", "teal", "deeppink")[k % 8]
+    colours = ("black", "firebrick", "blue", "darkgreen", "darkorange", "purple", "teal", "deeppink")
+    for label, heading, seeds in rows:
+        colour = colours[labels.index(label) % len(colours)]
         for xy in seeds:
-            dot(*place(*xy), 2, colour)
-        dot(*place(*(statistics.mean(v) for v in zip(*seeds, strict=True))), 5, colour)
-        dot(right + 20, top + 12 + k * 20, 5, colour)
-        pen.text((right + 32, top + 4 + k * 20), label.translate(plain), fill="black", font=font)
+            mark(*place(*xy), 2, colour, heading)
+        mark(*place(*(statistics.mean(v) for v in zip(*seeds, strict=True))), 5, colour, heading)
+    legend = [(label, colours[k % len(colours)], headings[0]) for k, label in enumerate(labels)]
+    legend += [(heading, "gray", heading) for heading in headings if len(headings) > 1]
+    for k, (text, colour, heading) in enumerate(legend):
+        mark(right + 20, top + 12 + k * 20, 5, colour, heading)
+        pen.text((right + 32, top + 4 + k * 20), text.translate(plain), fill="black", font=font)
     for value, where in ((x0, (left, bottom + 4)), (x1, (right - 36, bottom + 4)), (y0, (left - 50, bottom - 16)),
                          (y1, (left - 50, top))):  # fmt: skip
         pen.text(where, f"{value:.3g}", fill="gray", font=font)
@@ -496,17 +511,37 @@ def trade_off_points(table, reports):
                   for kind in ("target", "unrelated")}  # fmt: skip
         return tuple(map(statistics.mean, values.values())) if all(values.values()) else None  # all erased: none is kept
 
-    points = []
+    points, contest = [], max(len(rows) for _, _, rows in table.blocks) > 1
     for heading, _, rows in table.blocks:
-        for label, job in rows:
+        for label, job in rows if len(rows) > 1 or not contest else []:  # methods against each other, where there are several
             if job != "original" and all(seeds := [place(r) for r in reports[job.name]]):
-                points.append((f"{label}{', ' * bool(label and heading)}{heading}" if len(table.blocks) > 1 else label, seeds))
+                points.append((label, heading, seeds))
     return (*names, limit, points)
 
 
+def gallery(args, rows, prompts, path, each=3, tile=72):
+    """What the models of seed 0 draw from the same prompts and seeds: a line for each row of a block, the original above."""
+    font, left, top = ImageFont.load_default(size=15), 150, 30
+    image = Image.new("RGB", (left + len(prompts) * (each * tile + 12), top + (len(rows) + 1) * tile), "white")
+    pen = ImageDraw.Draw(image)
+    for line, (label, job) in enumerate([("original", rows[0][1]), *rows]):
+        drawer = evaluation.Drawer(job.score[2], torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        if line:
+            drawer.become(args.runs / f"{job.name}-0")
+        texts, seeds = [p for p in prompts for _ in range(each)], [700_000 + k for _ in prompts for k in range(each)]
+        pen.text((12, top + line * tile + tile // 2 - 10), label, fill="black", font=font)
+        for k, x in enumerate(drawer.draw(texts, seeds, f"drawing: {label}")):
+            at = left + k // each * (each * tile + 12) + k % each * tile
+            image.paste(evaluation.to_pil(x).resize((tile - 4, tile - 4), Image.BICUBIC), (at, top + line * tile))
+    for k, prompt in enumerate(prompts):
+        pen.text((left + k * (each * tile + 12), 6), prompt, fill="black", font=font)
+    image.save(path)
+
+
 def write(args, name, tables, reports):
-    """results/NAME.md and .png from {job name: [report of each seed]}."""
+    """results/NAME.md and .png from {job name: [report of each seed]}, and NAME-pictures.png where several erase a concept."""
     some = next(iter(reports.values()))[0]
+    args.out.mkdir(parents=True, exist_ok=True)
     sizes = sorted({len(rs) for rs in reports.values()})
     judges = [f"{key.replace('_', ' ')} {some[key]['name']} ({some[key]['sha256']})" for key in
               ("clip", "fid_features", "copy_detector", "distance_features") if isinstance(some.get(key), dict)]  # fmt: skip
@@ -522,6 +557,13 @@ def write(args, name, tables, reports):
     if not args.paper:
         lines += ["These are figures of small models, drawn 32 or 64 pixels wide and judged by small networks: they can be "
                   "compared with each other, not with the papers'.", ""]  # fmt: skip
+    contests = [rows for table in tables for _, _, rows in table.blocks if len(rows) > 1 and some["task"] == "concept"]
+    if contests:  # the first block where methods compete: one prompt of each kind
+        prompts = {p["kind"]: p["prompt"] for p in reversed(reports[contests[0][0][1].name][0]["prompts"])}
+        shown = [prompts[kind] for kind in evaluation.KINDS if kind in prompts and kind != "paraphrase"]
+        gallery(args, [row for row in contests[0] if row[1] != "original"], shown, args.out / f".{name}-pictures.png")
+        os.replace(args.out / f".{name}-pictures.png", args.out / f"{name}-pictures.png")
+        lines[2:2] = [f"![what they draw]({name}-pictures.png)", ""]
     missing = [job for job in all_jobs(TABLES[name](args)) if job not in reports]
     lines += [f"Missing, for they were not run or not asked for: {', '.join(missing)}.", ""] if missing else []
     finished = [(table, cells(table, reports)) for table in tables]
@@ -532,7 +574,6 @@ def write(args, name, tables, reports):
               f"{'a GPU' if torch.cuda.is_available() else 'no GPU'}).", "", "The commands of seed 0:", "",
               "```bash"]  # fmt: skip
     lines += dict.fromkeys(text for rs in reports.values() for text in rs[0]["commands"])
-    args.out.mkdir(parents=True, exist_ok=True)
     drawn = [(table, blocks, trade_off_points(table, reports)) for table, blocks in finished]
     picture(drawn, args.out / f".{name}.png")
     os.replace(args.out / f".{name}.png", args.out / f"{name}.png")

@@ -130,7 +130,7 @@ def test_trade_off_by_hand():
     rows = [("original", "original"), ("x", SimpleNamespace(name="a"))]
     table = reproduce.Table("T", reproduce.INSTANCE, [("", [], rows)])
     names = reproduce.trade_off_points(table, {"a": [report([0.1, 0.5], 0.9), report([0.3], 0.8)]})
-    assert names[:3] == ("similarity", "SSIM", 0.4) and names[3] == [("x", [(0.5, 0.9), (0.3, 0.8)])]
+    assert names[:3] == ("similarity", "SSIM", 0.4) and names[3] == [("x", "", [(0.5, 0.9), (0.3, 0.8)])]
 
 
 def test_picture_outside_the_training_set(tmp_path):
