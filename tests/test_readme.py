@@ -5,12 +5,13 @@ import shlex
 
 import pytest
 
+import bench
 import doco
 import eval as evaluation
 import instance_unlearn
 import reproduce
 
-MODULES = {"eval": evaluation, "reproduce": reproduce} | {f.removesuffix(".py"): m for f, m in reproduce.SCRIPTS.items()}
+MODULES = {"bench": bench, "eval": evaluation, "reproduce": reproduce} | {f.removesuffix(".py"): m for f, m in reproduce.SCRIPTS.items()}
 
 
 def commands():
