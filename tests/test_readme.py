@@ -11,7 +11,8 @@ import eval as evaluation
 import instance_unlearn
 import reproduce
 
-MODULES = {"bench": bench, "eval": evaluation, "reproduce": reproduce} | {f.removesuffix(".py"): m for f, m in reproduce.SCRIPTS.items()}
+MODULES = {"bench": bench, "eval": evaluation, "reproduce": reproduce}
+MODULES |= {file.removesuffix(".py"): module for file, module in reproduce.SCRIPTS.items()}
 
 
 def commands():
