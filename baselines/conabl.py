@@ -66,12 +66,18 @@ def unlearn(args):
     out = args.out or Path("runs") / ("conabl-" + re.sub(r"[^a-z0-9]+", "-", "-".join(args.target).lower()).strip("-"))
     if (out / "delta.safetensors").exists():
         stop(f"{out} already holds a run; choose another --out")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        stop(f"--out {out} cannot be written: {e.strerror}")
     pipe = load_pipeline(args.model, safety_checker=None, requires_safety_checker=False, dtype=torch.float32).to(device)
     unet, scale = pipe.unet.requires_grad_(False).eval(), pipe.vae_scale_factor
     alpha_bar = pipe.scheduler.alphas_cumprod.to(device)  # (1000,)
     budget = SMALL["steps"] * len(args.target) * (2 if args.concept_type == "style" else 1)  # doco.py's
     recipe = SMALL | {"steps": budget} if unet.config.sample_size < 32 else PAPER
     steps, batch, lr = (recipe[k] if (v := getattr(args, k)) is None else v for k in ("steps", "batch_size", "lr"))
+    if steps < 1 or batch < 1:
+        stop(f"--steps {steps} --batch-size {batch}: expected at least 1 of each")
     size = (args.resolution or unet.config.sample_size * scale) // scale  # side of a latent
     texts = list(dict.fromkeys(["", *(a for a, _ in pairs), *(t for _, ts in pairs for t in ts)]))
     with torch.no_grad():
@@ -118,7 +124,6 @@ def unlearn(args):
         log.append(loss.detach())
 
     # -- save: the trained tensors under their UNet names; plain diffusers loads them
-    out.mkdir(parents=True, exist_ok=True)
     save_whole(out / "log.jsonl", text="".join(json.dumps({"step": k, "loss": v.item()}) + "\n" for k, v in enumerate(log)))
     settings = vars(args) | {"steps": steps, "batch_size": batch, "lr": lr, "resolution": size * scale}
     save_whole(out / "args.json", text=json.dumps({"settings": settings}, indent=1, default=str))

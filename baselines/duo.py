@@ -59,6 +59,10 @@ def unlearn(args):
     out = args.out or Path("runs") / ("duo-" + "-".join(f.stem for f in args.forget)[:80])
     if (out / "pipeline").exists():
         stop(f"{out} already holds a run; choose another --out")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        stop(f"--out {out} cannot be written: {e.strerror}")
     if args.surrogate and len(args.surrogate) != len(args.forget):
         stop(f"{len(args.forget)} pictures but {len(args.surrogate)} surrogates; give one --surrogate each")
     pipe = load_pipeline(args.model, dtype=torch.float32).to(device)
@@ -67,8 +71,9 @@ def unlearn(args):
     net, alpha_bar, size = pipe.unet.eval(), pipe.scheduler.alphas_cumprod.to(device), pipe.unet.config.sample_size
     recipe = dict(steps=240, batch_size=8, lr=1e-4) if size <= 64 else dict(steps=1000, batch_size=4, lr=6e-5)
     steps, batch, lr = (recipe[k] if (v := getattr(args, k)) is None else v for k in ("steps", "batch_size", "lr"))
+    if steps < 1 or batch < 1:
+        stop(f"--steps {steps} --batch-size {batch}: expected at least 1 of each")
     predict = lambda x, t: net(x, t).sample  # noqa: E731
-    out.mkdir(parents=True, exist_ok=True)
 
     # -- the pairs: to forget, and preferred; the model's own edit noises the picture to t = 700 and draws it anew
     x_f, x_s = [read_exact(f, size, "--forget").to(device) for f in args.forget], []

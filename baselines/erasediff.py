@@ -55,8 +55,14 @@ def unlearn(args):
     """Runs EraseDiff and returns the run folder."""
     device = torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
     out = args.out or Path("runs") / ("erasediff-" + "-".join(f.stem for f in args.forget)[:80])
+    if args.steps < 1 or args.batch_size < 1:
+        stop(f"--steps {args.steps} --batch-size {args.batch_size}: expected at least 1 of each")
     if (out / "pipeline").exists():
         stop(f"{out} already holds a run; choose another --out")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        stop(f"--out {out} cannot be written: {e.strerror}")
     pipe = load_pipeline(args.model, dtype=torch.float32).to(device)
     if type(pipe).__name__ != "DDPMPipeline" or pipe.scheduler.config.prediction_type != "epsilon":
         stop(f"--model {args.model}: expected a DDPM that predicts epsilon")
@@ -86,7 +92,6 @@ def unlearn(args):
         log.append(torch.stack([loss_r, loss_f]).detach())
 
     # -- save: plain diffusers loads it
-    out.mkdir(parents=True, exist_ok=True)
     rows = [dict(zip(("step", "loss_r", "loss_f"), (k, *v.tolist()), strict=True)) for k, v in enumerate(log)]
     save_whole(out / "log.jsonl", text="".join(json.dumps(row) + "\n" for row in rows))
     save_whole(out / "args.json", text=json.dumps({"settings": vars(args) | {"lr": lr}}, indent=1, default=str))

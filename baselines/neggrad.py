@@ -53,8 +53,14 @@ def unlearn(args):
     """Runs NegGrad and returns the run folder."""
     device = torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
     out = args.out or Path("runs") / ("neggrad-" + "-".join(f.stem for f in args.forget)[:80])
+    if args.steps < 1 or args.batch_size < 1:
+        stop(f"--steps {args.steps} --batch-size {args.batch_size}: expected at least 1 of each")
     if (out / "pipeline").exists():
         stop(f"{out} already holds a run; choose another --out")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        stop(f"--out {out} cannot be written: {e.strerror}")
     pipe = load_pipeline(args.model, dtype=torch.float32).to(device)
     if type(pipe).__name__ != "DDPMPipeline" or pipe.scheduler.config.prediction_type != "epsilon":
         stop(f"--model {args.model}: expected a DDPM that predicts epsilon")
@@ -83,7 +89,6 @@ def unlearn(args):
         log.append({"loss_f": error_f.mean().detach()} | ({} if error_r is None else {"loss_r": error_r.mean().detach()}))
 
     # -- save: plain diffusers loads it
-    out.mkdir(parents=True, exist_ok=True)
     rows = [{"step": k} | {name: v.item() for name, v in row.items()} for k, row in enumerate(log)]
     save_whole(out / "log.jsonl", text="".join(json.dumps(row) + "\n" for row in rows))
     save_whole(out / "args.json", text=json.dumps({"settings": vars(args) | {"lr": lr}}, indent=1, default=str))

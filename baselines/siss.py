@@ -76,8 +76,14 @@ def unlearn(args):
     """Runs SISS and returns the run folder."""
     device = torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
     out = args.out or Path("runs") / ("siss-" + "-".join(f.stem for f in args.forget)[:80])
+    if args.steps < 1 or args.batch_size < 1:
+        stop(f"--steps {args.steps} --batch-size {args.batch_size}: expected at least 1 of each")
     if (out / "pipeline").exists():
         stop(f"{out} already holds a run; choose another --out")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        stop(f"--out {out} cannot be written: {e.strerror}")
     if not 0 < args.lam < 1:
         stop(f"--lam {args.lam}: expected a probability between 0 and 1")
     pipe = load_pipeline(args.model, dtype=torch.float32).to(device)
@@ -111,7 +117,6 @@ def unlearn(args):
         log.append(torch.stack([loss_r, loss_f]).detach())
 
     # -- save: plain diffusers loads it
-    out.mkdir(parents=True, exist_ok=True)
     rows = [dict(zip(("step", "loss_r", "loss_f"), (k, *v.tolist()), strict=True)) for k, v in enumerate(log)]
     save_whole(out / "log.jsonl", text="".join(json.dumps(row) + "\n" for row in rows))
     save_whole(out / "args.json", text=json.dumps({"settings": vars(args) | {"lr": lr}}, indent=1, default=str))

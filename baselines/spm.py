@@ -102,11 +102,17 @@ def unlearn(args):
     out = args.out or Path("runs") / ("spm-" + re.sub(r"[^a-z0-9]+", "-", "-".join(args.target).lower()).strip("-"))
     if (lora_file := out / "pytorch_lora_weights.safetensors").exists():
         stop(f"{out} already holds a run; choose another --out")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        stop(f"--out {out} cannot be written: {e.strerror}")
     pipe = load_pipeline(args.model, safety_checker=None, requires_safety_checker=False, dtype=torch.float32).to(device)
     unet, scale = pipe.unet.requires_grad_(False).eval(), pipe.vae_scale_factor
     budget = SMALL["steps"] * len(args.target) * (2 if args.concept_type == "style" else 1)  # doco.py's
     recipe = SMALL | {"steps": budget} if unet.config.sample_size < 32 else PAPER
     steps, batch, lr = (recipe[k] if (v := getattr(args, k)) is None else v for k in ("steps", "batch_size", "lr"))
+    if steps < 1 or batch < 1:
+        stop(f"--steps {steps} --batch-size {batch}: expected at least 1 of each")
     size = (args.resolution or unet.config.sample_size * scale) // scale  # side of a latent
     with torch.no_grad():
         emb = {text: pipe.encode_prompt(text, device, 1, False)[0][0] for text in ["", *prompts]}  # (77, D) each
@@ -141,7 +147,6 @@ def unlearn(args):
         optimizer.zero_grad()
         log.append(torch.stack([erase, anchoring]).detach())
 
-    out.mkdir(parents=True, exist_ok=True)
     rows = [dict(zip(("step", "loss_erase", "loss_anchoring"), (k, *v.tolist()), strict=True)) for k, v in enumerate(log)]
     save_whole(out / "log.jsonl", text="".join(json.dumps(row) + "\n" for row in rows))
     settings = vars(args) | {"steps": steps, "batch_size": batch, "lr": lr, "resolution": size * scale}

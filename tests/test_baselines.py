@@ -374,3 +374,28 @@ def test_instance_rivals_refuse_other_models(module, tiny, photos, tmp_path):
     flags = ["--model", str(tiny), "--forget", str(photos / "a.png"), "--out", str(tmp_path / "run")]
     with pytest.raises(SystemExit, match="expected a DDPM"):
         module.unlearn(module.parse_args(flags))
+
+
+# ---- bad input: one line --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "flags", "says"), [
+    ("esd", ["--steps", "0"], "--steps 0"),
+    ("conabl", ["--batch-size", "0"], "--batch-size 0"),
+    ("spm", ["--target", "Cat"], "--target and --anchor are both 'Cat'"),
+    ("uce", ["--out", "/proc/nowhere"], "--out /proc/nowhere cannot be written"),
+    ("forget_me_not", ["--model", "no/such-model-anywhere"], "--model no/such-model-anywhere cannot be loaded"),
+    ("neggrad", ["--forget", "missing.png"], "--forget missing.png cannot be read"),
+    ("erasediff", ["--remember", "nowhere"], "--remember nowhere: no png or jpg files there"),
+    ("siss", ["--lam", "1"], "--lam 1.0: expected a probability"),
+    ("siss", ["--out", "/proc/nowhere"], "--out /proc/nowhere cannot be written"),
+    ("duo", ["--surrogate", "a.png", "b.png"], "1 pictures but 2 surrogates"),
+])  # fmt: skip
+def test_bad_input_is_one_line(name, flags, says, tiny, tiny_ddpm, photos, tmp_path):
+    module = (CONCEPT | INSTANCE)[name]
+    common = ["--target", "Grumpy Cat", "--anchor", "Cat", "--model", str(tiny)]
+    if name in INSTANCE:
+        common = ["--forget", str(photos / "a.png"), "--model", str(tiny_ddpm)]
+    with pytest.raises(SystemExit) as e:
+        module.unlearn(module.parse_args([*common, "--out", str(tmp_path / "out"), *flags]))
+    assert says in str(e.value) and "\n" not in str(e.value) and e.value.code != 0
