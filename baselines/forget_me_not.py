@@ -68,15 +68,15 @@ class Watch:
         return attn.to_out[1](attn.to_out[0](x))
 
 
-def positions(tokenizer, prompt, target):
-    """Where the target's tokens stand in the prompt's 77, bool (77,)."""
-    ids, wanted = (tokenizer(s, padding="max_length", truncation=True, max_length=tokenizer.model_max_length)["input_ids"]
-                   for s in (prompt, target))  # fmt: skip
-    wanted = wanted[1 : wanted.index(tokenizer.eos_token_id)]
+def positions(tokenizer, prompt, targets):
+    """Where the tokens of any of the targets stand in the prompt's 77, bool (77,)."""
+    ids = tokenizer(prompt, padding="max_length", truncation=True, max_length=tokenizer.model_max_length)["input_ids"]
     at = torch.zeros(len(ids), dtype=torch.bool)
-    for k in range(len(ids) - len(wanted) + 1):
-        if ids[k : k + len(wanted)] == wanted:
-            at[k : k + len(wanted)] = True
+    for target in targets:
+        wanted = tokenizer(target)["input_ids"][1:-1]  # without the start and the end token
+        for k in range(len(ids) - len(wanted) + 1):
+            if ids[k : k + len(wanted)] == wanted:
+                at[k : k + len(wanted)] = True
     return at
 
 
@@ -89,8 +89,7 @@ def loss_attention(seen, at):
 def unlearn(args):
     """Runs Forget-Me-Not and returns the run folder."""
     device = torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
-    n_each = len(prompt_pairs(args)) // len(args.target)
-    prompts = [(w, args.target[k // n_each]) for k, (_, wordings) in enumerate(prompt_pairs(args)) for w in wordings]
+    prompts = [wording for _, wordings in prompt_pairs(args) for wording in wordings]
     out = args.out or Path("runs") / ("forget-me-not-" + re.sub(r"[^a-z0-9]+", "-", "-".join(args.target).lower()).strip("-"))
     if (out / "delta.safetensors").exists():
         stop(f"{out} already holds a run; choose another --out")
@@ -108,8 +107,8 @@ def unlearn(args):
         stop(f"--steps {steps} --batch-size {batch}: expected at least 1 of each")
     size = (args.resolution or unet.config.sample_size * scale) // scale  # side of a latent
     with torch.no_grad():
-        emb = {text: pipe.encode_prompt(text, device, 1, False)[0][0] for text in ["", *(w for w, _ in prompts)]}  # (77, D)
-    where = {wording: positions(pipe.tokenizer, wording, target).to(device) for wording, target in prompts}  # (77,) each
+        emb = {text: pipe.encode_prompt(text, device, 1, False)[0][0] for text in ["", *prompts]}  # (77, D) each
+    where = {prompt: positions(pipe.tokenizer, prompt, args.target).to(device) for prompt in prompts}  # (77,) each
 
     # -- pictures of the target, as latents: from a folder, or from the original model
     if args.pictures:
@@ -123,7 +122,7 @@ def unlearn(args):
         pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
         pipe.set_progress_bar_config(disable=True)
         latents = torch.cat([pipe(
-            prompt_embeds=torch.stack([emb[prompts[j % len(prompts)][0]] for j in part]),
+            prompt_embeds=torch.stack([emb[prompts[j % len(prompts)]] for j in part]),
             negative_prompt_embeds=emb[""].expand(len(part), -1, -1), guidance_scale=recipe["guidance"],
             generator=[torch.Generator().manual_seed(args.seed * 1_000_003 + j) for j in part.tolist()], output_type="latent",
             num_inference_steps=recipe["sampling_steps"], height=size * scale, width=size * scale).images.float()
@@ -137,7 +136,8 @@ def unlearn(args):
     for step in tqdm(range(steps), "Forget-Me-Not"):
         g = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
         i = torch.randint(len(latents), (batch,), generator=g)
-        texts = [prompts[k % len(prompts)][0] for k in (torch.randint(10**6, (batch,), generator=g) if args.pictures else i)]
+        which = torch.randint(len(prompts), (batch,), generator=g) if args.pictures else i % len(prompts)
+        texts = [prompts[k] for k in which]
         t, eps = (f.to(device) for f in (torch.randint(len(alpha_bar), (batch,), generator=g),
                                          torch.randn(batch, *latents.shape[1:], generator=g)))  # fmt: skip
         xt = add_noise(latents[i], eps, alpha_bar[t].view(-1, 1, 1, 1))  # (B, 4, h, w)

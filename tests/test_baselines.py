@@ -144,7 +144,7 @@ def test_forget_me_not_watches_without_disturbing(sd):
 
 
 def test_forget_me_not_loss_by_hand(sd):
-    at = forget_me_not.positions(sd.tokenizer, "a photo of a grumpy cat", "grumpy cat")
+    at = forget_me_not.positions(sd.tokenizer, "a photo of a grumpy cat", ["pizza", "grumpy cat"])
     ids = sd.tokenizer("a photo of a grumpy cat")["input_ids"]
     n = len(sd.tokenizer("grumpy cat")["input_ids"]) - 2
     assert at.nonzero().flatten().tolist() == list(range(len(ids) - 1 - n, len(ids) - 1))
@@ -275,6 +275,14 @@ def test_spm_is_anchored_at_the_original(tiny, tmp_path, quick):
     runs = [run_concept("spm", tiny, tmp_path / k, "--lr", "1e-1", "--steps", "20", "--anchoring", k) for k in ("0", "1e5")]
     free, held = (logged(run, "loss_anchoring") for run in runs)
     assert free[0] == held[0] == 0 and free[-1] > 2 * held[-1] > 0  # at first the adapter does nothing
+
+
+def test_forget_me_not_marks_each_target_where_prompts_are_few(tiny, tmp_path, quick):
+    """A file may hold more prompts of one anchor than of another; where no target were marked, the loss would be 0."""
+    (tmp_path / "prompts.txt").write_text("food\na photo of food\nan emoji of food\na cat\n")
+    words = ["--target", "pizza", "Grumpy Cat", "--anchor", "food", "Cat", "--prompts", str(tmp_path / "prompts.txt")]
+    run = run_concept("forget_me_not", tiny, tmp_path / "run", *words, "--batch-size", "1", "--steps", "8")
+    assert min(logged(run, "loss")) > 0.01
 
 
 def test_forget_me_not_reads_pictures(tiny, tmp_path, photos, quick):
