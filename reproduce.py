@@ -11,6 +11,7 @@ Every figure comes from the command lines that the table lists: each is parsed a
 instance_unlearn.py, baselines/*.py, then eval.py), in this process. Finished runs are kept in --runs and not run again.
 Writes results/TABLE.md and results/TABLE.png: mean +- sample standard deviation over seeds, best in bold and second best
 underlined where rows compete, and below them the trade-off between forgetting and keeping (Fig. 10 of the second paper).
+Where several methods erase a concept, results/TABLE-pictures.png shows what the models of seed 0 draw.
 
 At the papers' size, --data is a folder with what cannot be downloaded from a hub: celebahq/ (the training pictures),
 robin-li.png, kate-del-castillo.png, elva-hsiao.png, ed-harris.png and ffhq.png (256x256, to forget), for each of them an
@@ -124,8 +125,9 @@ def doco_table1(args):
         blocks.append((f"Erasing {' and '.join(names)}", names, rows if args.paper or k == 1 else rows[-1:]))
     for pair in fourth:
         blocks.append((f"Erasing {pair[0]}", [pair[0]], against_rivals(args, [pair], three)))
-        rows = against_rivals(args, three[:1], three[1:], own=True)
-        blocks.append((f"Erasing {names[0]}, updates and batch of their papers", names[:1], rows))
+    if not args.paper:
+        name, rows = three[0][0], against_rivals(args, three[:1], three[1:], own=True)
+        blocks.append((f"Erasing {name}, updates and batch of their papers", [name], rows))
     first = ("", [], [("original", "original")])
     tables.append(Table("DoCo, Table 1: unlearning instances", doco_columns(three + fourth), [first, *blocks]))
     styles, blocks = ("Van Gogh", "Picasso", "Rembrandt") if args.paper else ("noto", "twemoji", "fluent"), []

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import eval as evaluation
 import reproduce
@@ -124,6 +125,20 @@ def test_arrows_turn_with_what_is_erased():
     assert reproduce.wanted(("pizza", "CA"), ["pizza"]) == -1 == -reproduce.wanted(("pizza", "CA"), ["cat"])
     assert reproduce.wanted(("pizza", "FID"), ["pizza"]) == 1 == -reproduce.wanted(("pizza", "FID"), ["cat"])
     assert reproduce.wanted(("ood", "CA"), []) == -1 and reproduce.wanted(("related", "CA"), []) == 1
+
+
+def test_gallery_shows_each_model_from_the_same_seeds(tiny, tmp_path):
+    """A line for the original and one for each row; a row whose run changed nothing equals the original's."""
+    job = reproduce.Job("same", "doco.py", [], ["concept", "--before", str(tiny)])
+    weights = load_file(tiny / "unet/diffusion_pytorch_model.safetensors")
+    for name, factor in (("same", 1), ("other", -1)):
+        (tmp_path / f"{name}-0").mkdir()
+        save_file({n: factor * w for n, w in weights.items() if "conv_out" in n}, tmp_path / f"{name}-0/delta.safetensors")
+    rows = [("same", job), ("other", job._replace(name="other"))]
+    reproduce.gallery(SimpleNamespace(runs=tmp_path), rows, ["a cat", "pizza"], tmp_path / "gallery.png", each=1)
+    with Image.open(tmp_path / "gallery.png") as image:
+        original, same, other = (image.crop((150, 30 + k * 72, image.width, 102 + k * 72)).tobytes() for k in range(3))
+    assert original == same != other
 
 
 def test_trade_off_by_hand():
