@@ -112,6 +112,8 @@ def unlearn(args):
         optimizer.step()
         optimizer.zero_grad()
         log.append(torch.stack([preference, prior]).detach())
+    if not torch.stack(log).isfinite().all():
+        stop("the loss is not finite any more; lower --lr")
 
     # -- save: plain diffusers loads it
     rows = [dict(zip(("step", "loss_preference", "loss_prior"), (k, *v.tolist()), strict=True)) for k, v in enumerate(log)]

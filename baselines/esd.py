@@ -116,6 +116,8 @@ def unlearn(args):
         optimizer.step()
         optimizer.zero_grad()
         log.append(loss.detach())
+    if not torch.stack(log).isfinite().all():
+        stop("the loss is not finite any more; lower --lr")
 
     # -- save: the trained tensors under their UNet names; plain diffusers loads them
     save_whole(out / "log.jsonl", text="".join(json.dumps({"step": k, "loss": v.item()}) + "\n" for k, v in enumerate(log)))

@@ -87,6 +87,8 @@ def unlearn(args):
         optimizer.step()
         optimizer.zero_grad()
         log.append({"loss_f": error_f.mean().detach()} | ({} if error_r is None else {"loss_r": error_r.mean().detach()}))
+    if not torch.stack([v for row in log for v in row.values()]).isfinite().all():
+        stop("the loss is not finite any more; lower --lr")
 
     # -- save: plain diffusers loads it
     rows = [{"step": k} | {name: v.item() for name, v in row.items()} for k, row in enumerate(log)]

@@ -115,6 +115,8 @@ def unlearn(args):
         torch.nn.utils.clip_grad_norm_(params, 1.0)
         optimizer.step()
         log.append(torch.stack([loss_r, loss_f]).detach())
+    if not torch.stack(log).isfinite().all():
+        stop("the loss is not finite any more; lower --lr")
 
     # -- save: plain diffusers loads it
     rows = [dict(zip(("step", "loss_r", "loss_f"), (k, *v.tolist()), strict=True)) for k, v in enumerate(log)]

@@ -146,6 +146,8 @@ def unlearn(args):
         optimizer.step()
         optimizer.zero_grad()
         log.append(torch.stack([erase, anchoring]).detach())
+    if not torch.stack(log).isfinite().all():
+        stop("the loss is not finite any more; lower --lr")
 
     rows = [dict(zip(("step", "loss_erase", "loss_anchoring"), (k, *v.tolist()), strict=True)) for k, v in enumerate(log)]
     save_whole(out / "log.jsonl", text="".join(json.dumps(row) + "\n" for row in rows))

@@ -386,6 +386,16 @@ def test_instance_rivals_refuse_other_models(module, tiny, photos, tmp_path):
         module.unlearn(module.parse_args(flags))
 
 
+@pytest.mark.parametrize("name", [name for name in (*CONCEPT, *INSTANCE) if name != "uce"])  # a formula
+def test_a_run_that_diverges_saves_nothing(name, tiny, tiny_ddpm, photos, tmp_path, quick):
+    with pytest.raises(SystemExit, match="not finite"):
+        if name in CONCEPT:
+            run_concept(name, tiny, tmp_path / "run", "--lr", "1e38")
+        else:
+            run_instance(name, tiny_ddpm, photos, tmp_path / "run", "--lr", "1e38")
+    assert not list((tmp_path / "run").glob("*.safetensors")) and not (tmp_path / "run/pipeline").exists()
+
+
 # ---- bad input: one line --------------------------------------------------------------------------------------------
 
 
