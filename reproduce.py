@@ -559,11 +559,12 @@ def write(args, name, tables, reports):
     if not args.paper:
         lines += ["These are figures of small models, drawn 32 or 64 pixels wide and judged by small networks: they can be "
                   "compared with each other, not with the papers'.", ""]  # fmt: skip
-    contests = [rows for table in tables for _, _, rows in table.blocks if len(rows) > 1 and some["task"] == "concept"]
+    blocks = [[row for row in rows if row[1] != "original"] for table in tables for _, _, rows in table.blocks]
+    contests = [rows for rows in blocks if len(rows) > 1 and some["task"] == "concept"]
     if contests:  # the first block where methods compete: one prompt of each kind
         prompts = {p["kind"]: p["prompt"] for p in reversed(reports[contests[0][0][1].name][0]["prompts"])}
         shown = [prompts[kind] for kind in evaluation.KINDS if kind in prompts and kind != "paraphrase"]
-        gallery(args, [row for row in contests[0] if row[1] != "original"], shown, args.out / f".{name}-pictures.png")
+        gallery(args, contests[0], shown, args.out / f".{name}-pictures.png")
         os.replace(args.out / f".{name}-pictures.png", args.out / f"{name}-pictures.png")
         lines[2:2] = [f"![what they draw]({name}-pictures.png)", ""]
     missing = [job for job in all_jobs(TABLES[name](args)) if job not in reports]
