@@ -523,7 +523,8 @@ def trade_off_points(table, reports):
 
 def gallery(args, rows, prompts, path, each=3, tile=72):
     """What the models of seed 0 draw from the same prompts and seeds: a line for each row of a block, the original above."""
-    font, left, top = ImageFont.load_default(size=15), 150, 30
+    font, top = ImageFont.load_default(size=15), 30
+    left = max(150, *(int(font.getlength(label)) + 24 for label, _ in rows))
     image = Image.new("RGB", (left + len(prompts) * (each * tile + 12), top + (len(rows) + 1) * tile), "white")
     pen = ImageDraw.Draw(image)
     for line, (label, job) in enumerate([("original", rows[0][1]), *rows]):
