@@ -71,6 +71,7 @@ def parse_args(argv=None):
     p.add_argument("what", choices=("doco", "instance", "build"))
     p.add_argument("--model", help="folder or hub id (default: emoji/sd, emoji/ddpm)")
     p.add_argument("--arch", choices=ARCHS, help="in place of --model: random weights in the shapes of that model")
+    p.add_argument("--resolution", type=int, help="pixels of a side (default: the model's own)")
     p.add_argument("--batch-size", type=int, default=8)
     p.add_argument("--steps", type=int, default=20)
     p.add_argument("--only", choices=WAYS, help="one way alone, for its memory; prints a line of JSON")
@@ -194,7 +195,7 @@ def network(args, device):
         config = instance_unlearn.LoraConfig(r=16, lora_alpha=16, target_modules=instance_unlearn.LORA[type(pipe).__name__])
         net.add_adapter(config)
         params = [p for p in net.parameters() if p.requires_grad]
-    side = net.config.sample_size
+    side = args.resolution // getattr(pipe, "vae_scale_factor", 1) if args.resolution else net.config.sample_size
     shape = (net.config.in_channels, side, side)
 
     def predict(net, x, t):
@@ -209,9 +210,9 @@ def absent(model):
     return {name: None for name, part in DiffusionPipeline.load_config(model).items() if part in ([None, None], (None, None))}
 
 
-def bare_passes(args, device):
-    """A step's passes of the network and nothing else: doco 3 forward and 2 back, instance 2 and 2."""
-    net, params, shape, predict = network(args, device)
+def bare_passes(args, device, parts):
+    """A step's passes of the network and nothing else: doco 3 forward and 2 back, instance 2 and 2. parts: of network()."""
+    net, params, shape, predict = parts
     x, t = torch.randn(args.batch_size, *shape, device=device), torch.full((args.batch_size,), 500, device=device)
 
     def step():
@@ -224,9 +225,9 @@ def bare_passes(args, device):
     return step
 
 
-def plain_step(args, device):
+def plain_step(args, device, parts):
     """DoCo's released way, with exact Eq. 10; for one picture, the same without the second network and the discriminator."""
-    net, params, shape, predict = network(args, device)
+    net, params, shape, predict = parts
     is_doco = args.what == "doco"
     original = network(args, device)[0].requires_grad_(False) if is_doco else None
     x, t = torch.randn(2 * args.batch_size, *shape, device=device), torch.full((2 * args.batch_size,), 500, device=device)
@@ -268,13 +269,14 @@ def run_script(args, before_each, record, device):
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
         out.mkdir()
-        common = ["--model", str(args.model), "--batch-size", str(args.batch_size), "--out", str(out)]
         config = DiffusionPipeline.load_config(args.model)
         part = "transformer" if "transformer" in config else "unet"
         network = json.loads((Path(args.model) / part / "config.json").read_text())
-        channels, side = network["in_channels"], network["sample_size"]
         vae = Path(args.model) / "vae/config.json"
         scale = 2 ** (len(json.loads(vae.read_text())["block_out_channels"]) - 1) if vae.exists() else 1
+        channels, side = network["in_channels"], args.resolution // scale if args.resolution else network["sample_size"]
+        common = ["--model", str(args.model), "--batch-size", str(args.batch_size), "--out", str(out)]
+        common += ["--resolution", str(side * scale)]
         if args.what == "doco":
             n = min(64, args.steps * args.batch_size)
             save_file({"latents": torch.randn(n, channels, side, side)}, out / "anchor_latents.safetensors")
@@ -296,7 +298,7 @@ def only(args, device):
     if args.only == "ours":
         run_script(args, lambda i: forget_peak() if i == 0 else None, times.append, device)
     else:
-        step = (bare_passes if args.only == "passes" else plain_step)(args, device)
+        step = (bare_passes if args.only == "passes" else plain_step)(args, device, network(args, device))
         forget_peak()
         for _ in range(args.steps):
             began = now(device)
@@ -336,7 +338,8 @@ def main(args):
         args.model = args.model or HERE / ("emoji/sd" if args.what == "doco" else "emoji/ddpm")
 
         # -- time: all three in turns; the first round warms up
-        passes, plain, seconds = bare_passes(args, device), plain_step(args, device), {way: [] for way in WAYS}
+        parts, seconds = network(args, device), {way: [] for way in WAYS}
+        passes, plain = bare_passes(args, device, parts), plain_step(args, device, parts)
 
         def others(_):
             for way, step in (("passes", passes), ("plain", plain)):
@@ -346,22 +349,23 @@ def main(args):
 
         run_script(args, others, seconds["ours"].append, device)
         median = {way: statistics.median(s[1:] or s) for way, s in seconds.items()}
-        net, params, *_ = network(args, device)
-        surgery, trained, whole = time_surgery(args, params, device), count(params), count(net.parameters())
-        net = params = passes = plain = None  # out of memory
+        surgery, trained, whole = time_surgery(args, parts[1], device), count(parts[1]), count(parts[0].parameters())
+        parts = passes = plain = None  # out of memory
 
         # -- memory: one process each
         held = {}
         for way in WAYS:
             command = [sys.executable, __file__, args.what, "--model", str(args.model), "--only", way, "--steps", "2",
                        "--batch-size", str(args.batch_size)]  # fmt: skip
+            command += ["--resolution", str(args.resolution)] if args.resolution else []
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
                 sys.exit(f"bench.py: error: --only {way} failed: {done.stderr.strip().splitlines()[-1]}")
             held[way] = json.loads(done.stdout.strip().splitlines()[-1])["bytes"]
 
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"\n{args.what} on {args.arch or args.model}: {whole / 1e6:.1f} M weights, {trained / 1e6:.2f} M trained, batch "
+    what = f"{args.what} on {args.arch or args.model}" + (f", {args.resolution} pixels" if args.resolution else "")
+    print(f"\n{what}: {whole / 1e6:.1f} M weights, {trained / 1e6:.2f} M trained, batch "
           f"{args.batch_size}, medians of {max(1, args.steps - 1)} steps; {name}\n")  # fmt: skip
     print("| way | seconds a step | ours takes | peak memory, GB | ours takes |\n|---|---|---|---|---|")
     for way in WAYS:

@@ -23,6 +23,8 @@ import json
 import math
 import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -32,12 +34,17 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from discriminator import patchgan
 from gradsurgery import flat_grad, lambda_projection, write_grad
+
+try:
+    import fcntl
+except ImportError:  # Windows, where two runs in one folder go unnoticed
+    fcntl = None
 
 HERE = Path(__file__).resolve().parent
 
@@ -70,6 +77,8 @@ def parse_args(argv=None):
     p.add_argument("--view", default="x0", help="what D sees: x0, or xprev:STRIDE (the paper: xprev:1)")
     p.add_argument("--retain", choices=("none", "l2", "cp"), default="cp", help="Table 3: nothing, adding L_r, or Eq. 10")
     p.add_argument("--train", choices=tuple(TRAINED), default="kv", help="cross-attention K and V, all of it, or the UNet")
+    p.add_argument("--compile", action="store_true", help="torch.compile the UNet: minutes at first, faster steps")
+    p.add_argument("--gradient-checkpointing", action="store_true", help="less memory, a third more time; same weights")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--out", type=Path, help="run folder (default: runs/doco-TARGET)")
     p.add_argument("--resume", action="store_true", help="go on with a run that was stopped")
@@ -156,13 +165,32 @@ def stop(message):
     sys.exit(f"{Path(sys.argv[0]).name}: error: {message}")  # a rival that uses this file speaks for itself
 
 
-def save_whole(path, tensors=None, text=None, metadata=None):
-    """Writes a file under a temporary name, then renames it: a reader never sees half a file."""
-    if text is not None:
-        Path(f"{path}.tmp").write_text(text, encoding="utf-8")
-    else:
-        save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, f"{path}.tmp", metadata)
-    os.replace(f"{path}.tmp", path)
+def save_whole(path, tensors=None, text=None, pipe=None, metadata=None):
+    """Writes a file or pipeline folder under a temporary name, then renames it: nobody sees a half, a full disk spoils none."""
+    temporary = Path(f"{path}.tmp")
+    try:
+        if pipe is not None:
+            shutil.rmtree(path, ignore_errors=True)
+            pipe.save_pretrained(temporary)
+        elif text is not None:
+            temporary.write_text(text, encoding="utf-8")
+        else:
+            save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, temporary, metadata)
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as e:
+        shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink(missing_ok=True)
+        stop(f"{path} cannot be written ({e}); make room there and begin again, or go on with --resume")
+
+
+def claim(folder):
+    """Keeps other runs out of a run folder while its result lives; the lock goes with the process, however that ends."""
+    lock = open(folder / ".lock", "w")
+    try:
+        if fcntl:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        stop(f"{folder} is in use by another run; choose another --out")
+    return lock
 
 
 def load_pipeline(model, **kwargs):
@@ -175,7 +203,17 @@ def load_pipeline(model, **kwargs):
             return StableDiffusionPipeline.from_pretrained(model, variant=variant, use_safetensors=True, **kwargs)
         except Exception as e:  # the hub client raises a dozen types: missing folder, no network, pickle-only weights
             errors.append(str(e).splitlines()[0])
+    for pickled in (f for f in Path(model).rglob("*.bin") if not [*f.parent.glob("*.safetensors")]):
+        stop(f"--model {model}: {pickled.name} is a pickle, which may run any code; save the model as .safetensors first")
     stop(f"--model {model} cannot be loaded (a Stable Diffusion folder or hub id with .safetensors weights?): {errors[0]}")
+
+
+def read_back(path, read):
+    """read(), but a truncated or foreign file, which raises half a dozen types, ends the run with one line."""
+    try:
+        return read()
+    except Exception as e:
+        stop(f"{path} is damaged or of another run ({type(e).__name__}: {str(e).splitlines()[0]}); delete it to begin anew")
 
 
 def save_checkpoint(path, step, trained, disc, optimizers):
@@ -223,13 +261,14 @@ def unlearn(args):
     stride = int(view[2] or 1)
     out = args.out or Path("runs") / ("doco-" + re.sub(r"[^a-z0-9]+", "-", "-".join(args.target).lower()).strip("-"))
     finished, checkpoint = out / "delta.safetensors", out / "checkpoint.safetensors"
-    if finished.exists() or (checkpoint.exists() and not args.resume):
+    if (finished.exists() or checkpoint.exists()) and not args.resume:
         stop(f"{out} already holds a run; choose another --out, or --resume one that was stopped")
     try:
         out.mkdir(parents=True, exist_ok=True)
         (out / "log.jsonl").touch()
     except OSError as e:
         stop(f"--out {out} cannot be written: {e.strerror}")
+    lock = claim(out) if rank == 0 else None  # noqa: F841, until this function returns
 
     # -- the original model, and the recipe for its size
     pipe = load_pipeline(args.model, safety_checker=None, requires_safety_checker=False, dtype=torch.float32).to(device)
@@ -248,11 +287,13 @@ def unlearn(args):
     if not 0 <= warmup <= steps > 0:
         stop(f"--steps {steps} {warmup}: expected TOTAL >= WARMUP >= 0")
     settings = vars(args) | {"steps": [steps, warmup], "batch_size": batch, "lr": [lr, disc_lr], "resolution": size * scale}
-    free = ("resume", "out", "save_pipeline")  # may change when a run is resumed
+    free = ("resume", "out", "save_pipeline", "gradient_checkpointing")  # may change when a run is resumed
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in settings.items() if k not in free}
     if (out / "args.json").exists() and (then := json.loads((out / "args.json").read_text())["settings"]) != settings:
         changed = ", ".join(k for k in settings if settings[k] != then.get(k))
         stop(f"{out} was begun with other settings ({changed}); repeat them or choose another --out")
+    if finished.exists():
+        return out if rank == 0 else None  # it was stopped while it was scored
     if rank == 0:
         print(f"{'small-model' if small else 'paper'} recipe: {steps} iterations, the first {warmup} for D only, "
               f"batch {batch}, lr {lr:g} and {disc_lr:g}, view {args.view}, retain {args.retain}, lam {args.lam:g}")
@@ -268,15 +309,15 @@ def unlearn(args):
     # -- anchor pictures from the original model, straight as latents (no JPEG as in the released code); ranks share the work
     n_images, cache = min(recipe["images"], steps * batch), out / "anchor_latents.safetensors"
     if cache.exists():
-        latents = load_file(cache)["latents"].to(device)  # (n_images, 4, h, w)
+        latents = read_back(cache, lambda: load_file(cache)["latents"]).to(device)  # (n_images, 4, h, w)
     else:
         pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
         pipe.set_progress_bar_config(disable=True)
         latents = torch.zeros(n_images, unet.config.in_channels, size, size, device=device)
-        mine = list(range(rank, n_images, world))
-        for part in tqdm([mine[i : i + 16] for i in range(0, len(mine), 16)], f"{n_images} anchor pictures", disable=rank > 0):
+        parts = [range(i, min(i + 16, n_images)) for i in range(0, n_images, 16)]  # the same for any number of ranks
+        for part in tqdm(parts[rank::world], f"{n_images} anchor pictures", disable=rank > 0):
             with torch.no_grad(), amp():
-                latents[part] = pipe(
+                latents[list(part)] = pipe(
                     prompt_embeds=torch.stack([emb[pairs[j % len(pairs)][0]] for j in part]),
                     negative_prompt_embeds=emb[""].expand(len(part), -1, -1), guidance_scale=recipe["guidance"],
                     generator=[torch.Generator().manual_seed(args.seed * 1_000_003 + j) for j in part], output_type="latent",
@@ -304,14 +345,21 @@ def unlearn(args):
     opt_disc = torch.optim.Adam(disc.parameters(), lr=disc_lr, betas=(0.5, 0.999), fused=True)
     start, log, conflicts = 0, [], 0
     if checkpoint.exists():
-        start = load_checkpoint(checkpoint, trained, disc, (opt_unet, opt_disc))
+        start = read_back(checkpoint, lambda: load_checkpoint(checkpoint, trained, disc, (opt_unet, opt_disc)))
         log = [row for row in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if row["step"] < start]
+
+    if args.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    if args.compile:
+        unet.compile()
 
     def predict(xt, t, prompts):  # (B, 4, h, w), (B,), B texts -> eps (B, 4, h, w)
         with amp():
             return unet(xt, t, torch.stack([emb[p] for p in prompts])).sample.float()
 
-    # -- the training loop
+    # -- the training loop; asked to end (SIGTERM), it saves at the next tenth iteration, on all ranks at once
+    asked = []
+    before = signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
     bar = tqdm(range(start, steps), "unlearning", initial=start, total=steps, disable=rank > 0)
     for step in bar:
         # Draws for the whole batch on every rank, from (seed, step) alone; each rank keeps its slice: N processes compute
@@ -370,22 +418,30 @@ def unlearn(args):
             bar.set_postfix({k: f"{log[-1][k]:.3f}" for k in ("loss_d", "disc_acc", "loss_u", "cos") if k in log[-1]})
             if not all(map(math.isfinite, log[-1].values())):
                 stop(f"not finite at iteration {step}: {log[-1]}; lower --lr and choose another --out")
+            end = torch.tensor(float(bool(asked)), device=device)
+            if world > 1:
+                dist.all_reduce(end)
             if rank == 0:
                 save_whole(out / "log.jsonl", text="".join(json.dumps(row) + "\n" for row in log))
-        if rank == 0 and (step + 1) % (10 * max(1, steps // 200)) == 0:
-            save_checkpoint(checkpoint, step + 1, trained, disc, (opt_unet, opt_disc))
+                if end or (step + 1) % (10 * max(1, steps // 200)) == 0:
+                    save_checkpoint(checkpoint, step + 1, trained, disc, (opt_unet, opt_disc))
+            if end:
+                if world > 1:
+                    dist.barrier()  # until the first has saved
+                stop(f"asked to end (SIGTERM) and saved after {step + 1} iterations; go on with --resume")
+    signal.signal(signal.SIGTERM, before)
 
-    # -- save: the trained tensors under their UNet names; plain diffusers loads them
+    # -- save: the trained tensors under their UNet names; plain diffusers loads them. What says that all is done, comes last
     if world > 1:
         dist.destroy_process_group()
     if rank > 0:
         return None
-    save_whole(finished, trained, metadata={"format": "pt", "method": "doco", "base_model": args.model})
-    checkpoint.unlink(missing_ok=True)
     if args.save_pipeline:
         whole = load_pipeline(args.model)
         whole.unet.load_state_dict(trained, strict=False)
-        whole.save_pretrained(out / "pipeline")
+        save_whole(out / "pipeline", pipe=whole)
+    save_whole(finished, trained, metadata={"format": "pt", "method": "doco", "base_model": args.model})
+    checkpoint.unlink(missing_ok=True)
     print(f"\nload it with:\n  pipe = StableDiffusionPipeline.from_pretrained({args.model!r})\n"
           f"  pipe.unet.load_state_dict(safetensors.torch.load_file({str(finished)!r}), strict=False)\n"
           f'  pipe("{args.target[0]}").images[0].show()\n')  # fmt: skip

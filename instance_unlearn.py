@@ -29,6 +29,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -41,11 +42,16 @@ from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from PIL import Image
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from gradsurgery import flat_grad, forget_only, pcgrad, write_grad
+
+try:
+    import fcntl
+except ImportError:  # Windows, where two runs in one folder go unnoticed
+    fcntl = None
 
 HERE = Path(__file__).resolve().parent
 PICTURE = HERE / "emoji/creatures/twemoji-cowboy-hat-face.png"  # what the first command forgets
@@ -79,6 +85,8 @@ def parse_args(argv=None):
     p.add_argument("--constant-lambda", type=float, help="Table III: the same lambda at every t, in place of --beta")
     p.add_argument("--surgery", choices=("none", "forget", "both"), default="forget", help="Table IV: what is projected")
     p.add_argument("--rank", type=int, default=16, help="of the LoRA")
+    p.add_argument("--compile", action="store_true", help="torch.compile the network: minutes at first, faster steps")
+    p.add_argument("--gradient-checkpointing", action="store_true", help="less memory, a third more time; same weights")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--out", type=Path, help="run folder (default: runs/instance-PICTURE)")
     p.add_argument("--resume", action="store_true", help="go on with a run that was stopped")
@@ -213,13 +221,32 @@ def stop(message):
     sys.exit(f"{Path(sys.argv[0]).name}: error: {message}")  # a rival that uses this file speaks for itself
 
 
-def save_whole(path, tensors=None, text=None, metadata=None):
-    """Writes a file under a temporary name, then renames it: a reader never sees half a file."""
-    if text is not None:
-        Path(f"{path}.tmp").write_text(text, encoding="utf-8")
-    else:
-        save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, f"{path}.tmp", metadata)
-    os.replace(f"{path}.tmp", path)
+def save_whole(path, tensors=None, text=None, pipe=None, metadata=None):
+    """Writes a file or pipeline folder under a temporary name, then renames it: nobody sees a half, a full disk spoils none."""
+    temporary = Path(f"{path}.tmp")
+    try:
+        if pipe is not None:
+            shutil.rmtree(path, ignore_errors=True)
+            pipe.save_pretrained(temporary)
+        elif text is not None:
+            temporary.write_text(text, encoding="utf-8")
+        else:
+            save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, temporary, metadata)
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as e:
+        shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink(missing_ok=True)
+        stop(f"{path} cannot be written ({e}); make room there and begin again, or go on with --resume")
+
+
+def claim(folder):
+    """Keeps other runs out of a run folder while its result lives; the lock goes with the process, however that ends."""
+    lock = open(folder / ".lock", "w")
+    try:
+        if fcntl:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        stop(f"{folder} is in use by another run; choose another --out")
+    return lock
 
 
 def load_pipeline(model, lean=True, **kwargs):
@@ -240,7 +267,17 @@ def load_pipeline(model, lean=True, **kwargs):
             return family.from_pretrained(model, variant=variant, use_safetensors=True, **absent, **kwargs)
         except Exception as e:  # the hub client raises a dozen types: missing folder, no network, pickle-only weights
             errors.append(str(e).splitlines()[0])
+    for pickled in (f for f in Path(model).rglob("*.bin") if not [*f.parent.glob("*.safetensors")]):
+        stop(f"--model {model}: {pickled.name} is a pickle, which may run any code; save the model as .safetensors first")
     stop(f"--model {model} cannot be loaded (a diffusers folder or hub id with .safetensors weights?): {errors[0]}")
+
+
+def read_back(path, read):
+    """read(), but a truncated or foreign file, which raises half a dozen types, ends the run with one line."""
+    try:
+        return read()
+    except Exception as e:
+        stop(f"{path} is damaged or of another run ({type(e).__name__}: {str(e).splitlines()[0]}); delete it to begin anew")
 
 
 def save_checkpoint(path, step, trained, optimizer):
@@ -290,13 +327,14 @@ def unlearn(args):
     out = args.out or Path("runs") / ("instance-" + "-".join(f.stem for f in args.forget)[:80])
     log_file, checkpoint = out / "log.jsonl", out / "checkpoint.safetensors"
     lora_file, pipeline = out / "pytorch_lora_weights.safetensors", out / "pipeline"
-    if pipeline.exists() or lora_file.exists() or (checkpoint.exists() and not args.resume):
+    if (pipeline.exists() or lora_file.exists() or checkpoint.exists()) and not args.resume:
         stop(f"{out} already holds a run; choose another --out, or --resume one that was stopped")
     try:
         out.mkdir(parents=True, exist_ok=True)
         log_file.touch()
     except OSError as e:
         stop(f"--out {out} cannot be written: {e.strerror}")
+    lock = claim(out) if rank == 0 else None  # noqa: F841, until this function returns
 
     # -- the model, and the recipe for its size
     pipe = load_pipeline(args.model, dtype=torch.float32).to(device)
@@ -326,11 +364,13 @@ def unlearn(args):
     if size % scale:
         stop(f"--resolution {size} is no multiple of {scale}, as this model needs")
     settings = vars(args) | {"steps": steps, "lr": lr, "beta": beta, "resolution": size, "surrogate": surrogates}
-    free = ("resume", "out", "save_pipeline")  # may change when a run is resumed
+    free = ("resume", "out", "save_pipeline", "gradient_checkpointing")  # may change when a run is resumed
     settings = {k: [str(x) for x in v] if isinstance(v, list) else v for k, v in settings.items() if k not in free}
     if (out / "args.json").exists() and (then := json.loads((out / "args.json").read_text())["settings"]) != settings:
         changed = ", ".join(k for k in settings if settings[k] != then.get(k))
         stop(f"{out} was begun with other settings ({changed}); repeat them or choose another --out")
+    if (pipeline if ddpm else lora_file).exists():
+        return out if rank == 0 else None  # it was stopped while it was scored
     if rank == 0:
         weight = f"beta {beta:g}" if args.constant_lambda is None else f"lambda {args.constant_lambda:g}"
         print(f"{'small-model' if small else 'paper'} recipe for {family}: {steps} updates a picture, batch {batch}, "
@@ -388,14 +428,14 @@ def unlearn(args):
     if made := re.fullmatch(r"generate:(\d+)", args.remember):
         n_remember, cache = int(made[1]), out / "remember.safetensors"
         if cache.exists():
-            pool = load_file(cache)["remember"].to(device)
+            pool = read_back(cache, lambda: load_file(cache)["remember"]).to(device)
         else:
             pool = torch.zeros(n_remember, *x_f.shape[1:], device=device)
-            mine = list(range(rank, n_remember, world))
-            for i in tqdm(range(0, len(mine), 16), f"{n_remember} pictures to remember", disable=rank > 0):
-                g = [torch.Generator().manual_seed(args.seed * 1_000_003 + j) for j in mine[i : i + 16]]
+            parts = [range(i, min(i + 16, n_remember)) for i in range(0, n_remember, 16)]  # for any number of ranks
+            for part in tqdm(parts[rank::world], f"{n_remember} pictures to remember", disable=rank > 0):
+                g = [torch.Generator().manual_seed(args.seed * 1_000_003 + j) for j in part]
                 noise = torch.stack([torch.randn(x_f.shape[1:], generator=h) for h in g]).to(device)
-                pool[mine[i : i + 16]] = draw(noise, times, cond)
+                pool[list(part)] = draw(noise, times, cond)
             if world > 1:
                 dist.all_reduce(pool)  # each rank has filled its own rows
             if rank == 0:
@@ -453,13 +493,20 @@ def unlearn(args):
         cast_training_params(net)
         trained = {n: p for n, p in net.named_parameters() if p.requires_grad}
     params = list(trained.values())
+    if args.gradient_checkpointing:
+        net.enable_gradient_checkpointing()
+    if args.compile:
+        net.compile()
     optimizer = torch.optim.AdamW(params, lr=lr, weight_decay=0, fused=True)
     start, log, recent = 0, [], []
     if checkpoint.exists():
-        start = load_checkpoint(checkpoint, trained, optimizer)
+        start = read_back(checkpoint, lambda: load_checkpoint(checkpoint, trained, optimizer))
         log = [row for row in map(json.loads, log_file.read_text().splitlines()) if row["step"] < start]
 
-    # -- Algorithm 1: the outer loop is over the pictures (step // steps), the inner one over the updates
+    # -- Algorithm 1: the outer loop is over the pictures (step // steps), the inner one over the updates. Asked to end
+    # (SIGTERM), it saves at the next tenth update, on all ranks at once.
+    asked = []
+    before = signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
     bar = tqdm(range(start, total := steps * len(x_f)), "unlearning", initial=start, total=total, disable=rank > 0)
     for step in bar:
         # Draws for the whole batch on every rank, from (seed, step) alone; each rank keeps its slice: N processes compute
@@ -508,32 +555,36 @@ def unlearn(args):
                     stop(f"not finite at update {j}: {log[-1]}; lower --lr and choose another --out")
             recent, last = [], log[-1]
             bar.set_postfix({key: f"{last[key]:.3f}" for key in ("loss_r", "loss_f", "cos")})
+            end = torch.tensor(float(bool(asked)), device=device)
+            if world > 1:
+                dist.all_reduce(end)
             if rank == 0:
                 save_whole(log_file, text="".join(json.dumps(row) + "\n" for row in log))
-                if (step + 1) % (10 * max(1, total // 200)) == 0:
+                if end or (step + 1) % (10 * max(1, total // 200)) == 0:
                     save_checkpoint(checkpoint, step + 1, trained, optimizer)
+            if end:
+                if world > 1:
+                    dist.barrier()  # until the first has saved
+                stop(f"asked to end (SIGTERM) and saved after {step + 1} updates; go on with --resume")
+    signal.signal(signal.SIGTERM, before)
 
-    # -- save: plain diffusers loads it
+    # -- save: plain diffusers loads it. What says that all is done, comes last
     if world > 1:
         dist.destroy_process_group()
     if rank > 0:
         return None
-    shutil.rmtree(temporary := out / "pipeline.tmp", ignore_errors=True)
     if ddpm:
-        pipe.save_pretrained(temporary)
-        os.replace(temporary, pipeline)
+        save_whole(pipeline, pipe=pipe)
         print(f"\nload it with:\n  pipe = DDPMPipeline.from_pretrained({str(pipeline)!r})\n")
     else:
-        layers = {"transformer_lora_layers" if flow else "unet_lora_layers": get_peft_model_state_dict(net)}
-        FAMILIES[family].save_lora_weights(out, weight_name=f"{lora_file.name}.tmp", **layers)
-        os.replace(f"{lora_file}.tmp", lora_file)
+        lora = {f"{'transformer' if flow else 'unet'}.{n}": p for n, p in get_peft_model_state_dict(net).items()}
         if args.save_pipeline:
             whole = load_pipeline(args.model, lean=False)
-            whole.load_lora_weights(out)
+            whole.load_lora_weights(dict(lora))
             whole.fuse_lora()
             whole.unload_lora_weights()
-            whole.save_pretrained(temporary)
-            os.replace(temporary, pipeline)
+            save_whole(pipeline, pipe=whole)
+        save_whole(lora_file, lora, metadata={"format": "pt"})
         print(f"\nload it with:\n  pipe = {family}.from_pretrained({args.model!r}, {absent}dtype=torch.float32)\n"
               f"  pipe.load_lora_weights({str(out)!r})\n")  # fmt: skip
     checkpoint.unlink(missing_ok=True)

