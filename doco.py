@@ -135,7 +135,7 @@ def prompt_pairs(args):
         stop(f"{len(args.target)} targets but {len(anchors)} anchors; give one --anchor for all, or one each")
     if args.prompts and not args.prompts.is_file():
         stop(f"--prompts {args.prompts}: no such file")
-    lines = args.prompts and [line.strip() for line in args.prompts.read_text("utf-8").splitlines() if line.strip()]
+    lines = args.prompts and [line.strip() for line in args.prompts.read_text("utf-8", "replace").splitlines() if line.strip()]
     if lines == []:
         stop(f"--prompts {args.prompts} is empty; expected one anchor prompt a line")
     words = {a: re.compile(rf"(?<!\w){re.escape(a)}(?!\w)", re.IGNORECASE) for a in anchors}  # "man" is not in "woman"
@@ -284,8 +284,12 @@ def unlearn(args):
     size = (args.resolution or unet.config.sample_size * scale) // scale  # side of a latent
     if batch < 1 or batch % world:
         stop(f"--batch-size {batch} cannot be split over {world} processes; take a positive multiple of {world}")
-    if not 0 <= warmup <= steps > 0:
+    if not 0 <= warmup <= steps > 0 or len(args.steps or []) > 2:
         stop(f"--steps {steps} {warmup}: expected TOTAL >= WARMUP >= 0")
+    if not (lr > 0 and disc_lr > 0) or len(args.lr or []) > 2:
+        stop(f"--lr {lr:g} {disc_lr:g}: expected one or two positive rates")
+    if args.resolution and (args.resolution % scale or size < 8):
+        stop(f"--resolution {args.resolution}: expected a multiple of {scale}, at least {8 * scale}, as this model needs")
     settings = vars(args) | {"steps": [steps, warmup], "batch_size": batch, "lr": [lr, disc_lr], "resolution": size * scale}
     free = ("resume", "out", "save_pipeline", "gradient_checkpointing")  # may change when a run is resumed
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in settings.items() if k not in free}
@@ -336,8 +340,9 @@ def unlearn(args):
     if args.init:
         if not (args.init / "delta.safetensors").is_file():
             stop(f"--init {args.init}: no delta.safetensors there; expected the folder of a finished run")
-        if set(earlier := load_file(args.init / "delta.safetensors")) - set(trained):
-            stop(f"--init {args.init} trained weights that --train {args.train} leaves out; repeat its --train")
+        earlier = read_back(args.init / "delta.safetensors", lambda: load_file(args.init / "delta.safetensors"))
+        if any(n not in trained or t.shape != trained[n].shape for n, t in earlier.items()):
+            stop(f"--init {args.init} trained weights that are not trained here; repeat its --model and --train")
         unet.load_state_dict(earlier, strict=False)
     torch.manual_seed(args.seed)  # the same discriminator on every rank
     disc = patchgan(size, unet.config.in_channels).to(device)

@@ -359,6 +359,8 @@ def unlearn(args):
     decay, batch = recipe.get("decay", False), args.batch_size
     if batch < 1 or batch % world:
         stop(f"--batch-size {batch} cannot be split over {world} processes; take a positive multiple of {world}")
+    if not lr > 0 or args.rank < 1:
+        stop(f"--lr {lr:g} --rank {args.rank}: expected a positive rate and rank")
     if steps < 1 or not 0 <= beta <= 1e-3 or not 0 <= (args.constant_lambda or 0) <= 1:
         stop(f"--steps {steps} --beta {beta:g} --constant-lambda {args.constant_lambda}: expected steps > 0, lambda in [0, 1]")
     if size % scale:

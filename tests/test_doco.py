@@ -11,7 +11,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, StableDiffusionPipeline
 from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPImageProcessorPil
 
 import doco
@@ -248,16 +248,29 @@ def test_killed_and_resumed_equals_undisturbed(tiny, tmp_path, unlearn):
     (["--prompts", "DOGS"], "does not contain the anchor"),
     (["--batch-size", "0"], "--batch-size 0"),
     (["--steps", "5", "9"], "TOTAL >= WARMUP"),
+    (["--steps", "5", "2", "1"], "TOTAL >= WARMUP"),
+    (["--steps", "0"], "TOTAL >= WARMUP"),
+    (["--lr", "-1"], "expected one or two positive rates"),
+    (["--lr", "1e-4", "0"], "expected one or two positive rates"),
+    (["--resolution", "30"], "expected a multiple of 4"),
+    (["--resolution", "16"], "at least 32"),
     (["--view", "x7"], "--view x7"),
     (["--view", "xprev:0"], "--view xprev:0"),
     (["--init", "tests"], "no delta.safetensors"),
+    (["--init", "TRUNCATED"], "damaged"),
+    (["--init", "FOREIGN"], "trained weights that are not trained here"),
     (["--out", "/proc/nowhere"], "cannot be written"),
 ])  # fmt: skip
 def test_bad_input_is_one_line(tiny, tmp_path, monkeypatch, flags, says):
     monkeypatch.chdir(doco.HERE)
     (tmp_path / "empty.txt").write_text("\n \n")
     (tmp_path / "dogs.txt").write_text("a photo of a dog\n")
-    flags = [{"EMPTY": str(tmp_path / "empty.txt"), "DOGS": str(tmp_path / "dogs.txt")}.get(f, f) for f in flags]
+    for name, shape in (("truncated", 1), ("foreign", 3)):
+        (tmp_path / name).mkdir()
+        save_file({"mid_block.attentions.0": torch.zeros(shape)}, tmp_path / name / "delta.safetensors")
+    (tmp_path / "truncated/delta.safetensors").write_bytes(b"half")
+    files = {"EMPTY": "empty.txt", "DOGS": "dogs.txt", "TRUNCATED": "truncated", "FOREIGN": "foreign"}
+    flags = [str(tmp_path / files[f]) if f in files else f for f in flags]
     argv = ["--model", str(tiny), "--target", "Grumpy Cat", "--anchor", "Cat", "--out", str(tmp_path / "out"), "--steps", "2"]
     with pytest.raises(SystemExit) as e:
         doco.unlearn(doco.parse_args([*argv, *flags]))

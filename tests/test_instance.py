@@ -414,6 +414,8 @@ def test_killed_and_resumed_equals_undisturbed(forget, tiny_ddpm, photos, tmp_pa
     (["--batch-size", "0"], "--batch-size 0"),
     (["--steps", "0"], "expected steps > 0"),
     (["--beta", "0.01"], "lambda in [0, 1]"),
+    (["--lr", "0"], "expected a positive rate"),
+    (["--rank", "0"], "expected a positive rate and rank"),
     (["--constant-lambda", "1.5"], "lambda in [0, 1]"),
     (["--out", "/proc/nowhere"], "cannot be written"),
 ])  # fmt: skip

