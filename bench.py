@@ -225,11 +225,12 @@ def bare_passes(args, device, parts):
     return step
 
 
-def plain_step(args, device, parts):
+def plain_step(args, device, parts, second=True):
     """DoCo's released way, with exact Eq. 10; for one picture, the same without the second network and the discriminator."""
     net, params, shape, predict = parts
     is_doco = args.what == "doco"
-    original = network(args, device)[0].requires_grad_(False) if is_doco else None
+    # For the time alone, the network itself serves as the original: lr is 0, the work is the same
+    original = network(args, device)[0].requires_grad_(False) if is_doco and second else net
     x, t = torch.randn(2 * args.batch_size, *shape, device=device), torch.full((2 * args.batch_size,), 500, device=device)
     optimizer, eps = torch.optim.AdamW(params, lr=0.0), torch.randn_like(x[: args.batch_size])
     disc = patchgan(shape[1], shape[0]).to(device) if is_doco else None
@@ -339,7 +340,7 @@ def main(args):
 
         # -- time: all three in turns; the first round warms up
         parts, seconds = network(args, device), {way: [] for way in WAYS}
-        passes, plain = bare_passes(args, device, parts), plain_step(args, device, parts)
+        passes, plain = bare_passes(args, device, parts), plain_step(args, device, parts, second=False)
 
         def others(_):
             for way, step in (("passes", passes), ("plain", plain)):
