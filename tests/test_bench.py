@@ -34,7 +34,7 @@ def test_a_step_runs_the_network_as_often_as_it_must(what, passes, tiny, tiny_dd
     hook = register_module_forward_hook(lambda module, x, y: calls.append(len(x[0])) if isinstance(module, kinds) else None)
     try:
         bench.run_script(args, lambda i: marks.append(len(calls)), lambda seconds: marks.append(len(calls)), device)
-        step = bench.bare_passes(args, device)
+        step = bench.bare_passes(args, device, bench.network(args, device))
         marks += [len(calls)]
         step()
     finally:

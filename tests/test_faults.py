@@ -57,25 +57,38 @@ def program(script, body, out, *flags, processes=None):
     return subprocess.Popen([*command, *flags], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def stopped(script, monkeypatch, out="run"):
-    """A run that was asked to end by SIGTERM, after its first checkpoint."""
-    save = script.module.save_checkpoint
+def stopped(script, monkeypatch):
+    """A run that was asked to end by SIGTERM, in its third iteration."""
+    write, calls = script.module.write_grad, []
+
+    def ask(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        write(*args)
+
     with monkeypatch.context() as m:
-        m.setattr(script.module, "save_checkpoint", lambda *a: (save(*a), os.kill(os.getpid(), signal.SIGTERM)))
-        with pytest.raises(SystemExit, match=r"asked to end \(SIGTERM\) and saved after 20 "):
-            script.unlearn(out=out)
-    return script.folder / out
+        m.setattr(script.module, "write_grad", ask)
+        with pytest.raises(SystemExit, match=r"asked to end \(SIGTERM\) and saved after 10 "):
+            script.unlearn()
+    return script.folder / "run"
 
 
 # ---- stopped from outside: the same command with --resume reaches the same weights, bitwise --------------------------
 
 
 def test_asked_to_end_it_saves_and_goes_on(script, monkeypatch):
-    cut = stopped(script, monkeypatch)
-    assert signal.getsignal(signal.SIGTERM) is not None and (cut / "checkpoint.safetensors").exists()
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the run ended by an exception: the test puts it back
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    stopped(script, monkeypatch)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # that run ended by an exception, and with it, usually, the process
     assert largest_difference(script.unlearn("--resume"), script.unlearn(out="whole")) == 0
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert signal.signal(signal.SIGTERM, before) is signal.SIG_DFL  # a run that ended well puts it back itself
+
+
+def test_asked_to_end_it_saves_where_no_checkpoint_is_due(script, monkeypatch):
+    script.argv[script.argv.index("--steps") + 1] = "400"  # by itself, it would save every 20
+    assert (stopped(script, monkeypatch) / "checkpoint.safetensors").exists()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def test_killed_at_random_moments(script):
@@ -251,7 +264,7 @@ def test_two_processes_asked_to_end_save_and_go_on(script):
         time.sleep(0.05)
     run.terminate()
     _, errors = run.communicate(timeout=120)
-    assert run.returncode != 0 and "asked to end (SIGTERM) and saved after" in errors
+    assert run.returncode != 0 and "asked to end (SIGTERM) and saved after" in errors, errors
     assert (script.folder / "cut/checkpoint.safetensors").exists()
 
 
