@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 
 import pytest
 import torch
@@ -146,6 +147,20 @@ def test_folder_with_half_precision_files_and_a_safety_checker(tiny, unlearn, tm
     run = unlearn("--steps", "2", "1", "--save-pipeline", model=folder)
     assert all(t.dtype == torch.float32 for t in load_file(run / "delta.safetensors").values())
     assert StableDiffusionPipeline.from_pretrained(run / "pipeline").safety_checker is not None
+
+
+def test_text_encoder_and_vae_leave_the_memory(unlearn, monkeypatch):
+    parts, alive, load, write = [], [], doco.load_pipeline, doco.write_grad
+
+    def watch(*args, **kwargs):
+        pipe = load(*args, **kwargs)
+        parts.extend(weakref.ref(part) for part in (pipe.text_encoder, pipe.vae))
+        return pipe
+
+    monkeypatch.setattr(doco, "load_pipeline", watch)
+    monkeypatch.setattr(doco, "write_grad", lambda *a: (alive.append([part() is not None for part in parts]), write(*a)))
+    unlearn("--steps", "2", "1")
+    assert alive and alive[0] == [False, False]
 
 
 def test_train_full_changes_the_whole_unet(tiny, unlearn):
