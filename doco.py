@@ -77,8 +77,8 @@ def parse_args(argv=None):
     p.add_argument("--view", default="x0", help="what D sees: x0, or xprev:STRIDE (the paper: xprev:1)")
     p.add_argument("--retain", choices=("none", "l2", "cp"), default="cp", help="Table 3: nothing, adding L_r, or Eq. 10")
     p.add_argument("--train", choices=tuple(TRAINED), default="kv", help="cross-attention K and V, all of it, or the UNet")
-    p.add_argument("--compile", action="store_true", help="torch.compile the UNet: minutes at first, faster steps")
-    p.add_argument("--gradient-checkpointing", action="store_true", help="less memory, a third more time; same weights")
+    p.add_argument("--compile", action="store_true", help="torch.compile the UNet, which takes minutes at first")
+    p.add_argument("--gradient-checkpointing", action="store_true", help="less memory, passes forward twice; same weights")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--out", type=Path, help="run folder (default: runs/doco-TARGET)")
     p.add_argument("--resume", action="store_true", help="go on with a run that was stopped")
@@ -170,8 +170,8 @@ def save_whole(path, tensors=None, text=None, pipe=None, metadata=None):
     temporary = Path(f"{path}.tmp")
     try:
         if pipe is not None:
-            shutil.rmtree(path, ignore_errors=True)
             pipe.save_pretrained(temporary)
+            shutil.rmtree(path, ignore_errors=True)  # only now: a rename does not replace a folder
         elif text is not None:
             temporary.write_text(text, encoding="utf-8")
         else:

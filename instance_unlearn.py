@@ -85,8 +85,8 @@ def parse_args(argv=None):
     p.add_argument("--constant-lambda", type=float, help="Table III: the same lambda at every t, in place of --beta")
     p.add_argument("--surgery", choices=("none", "forget", "both"), default="forget", help="Table IV: what is projected")
     p.add_argument("--rank", type=int, default=16, help="of the LoRA")
-    p.add_argument("--compile", action="store_true", help="torch.compile the network: minutes at first, faster steps")
-    p.add_argument("--gradient-checkpointing", action="store_true", help="less memory, a third more time; same weights")
+    p.add_argument("--compile", action="store_true", help="torch.compile the network, which takes minutes at first")
+    p.add_argument("--gradient-checkpointing", action="store_true", help="less memory, passes forward twice; same weights")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--out", type=Path, help="run folder (default: runs/instance-PICTURE)")
     p.add_argument("--resume", action="store_true", help="go on with a run that was stopped")
@@ -226,8 +226,8 @@ def save_whole(path, tensors=None, text=None, pipe=None, metadata=None):
     temporary = Path(f"{path}.tmp")
     try:
         if pipe is not None:
-            shutil.rmtree(path, ignore_errors=True)
             pipe.save_pretrained(temporary)
+            shutil.rmtree(path, ignore_errors=True)  # only now: a rename does not replace a folder
         elif text is not None:
             temporary.write_text(text, encoding="utf-8")
         else:

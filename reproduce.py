@@ -191,7 +191,7 @@ def instance_rows(args, who, equal=False, rivals=INSTANCE_RIVALS):
     for label in rivals:
         name, *flags = INSTANCE_RIVALS[label]
         flags += ["--steps", "240", "--batch-size", "8"] if equal else []
-        flags += ["--steps", "1000", "--batch-size", "4"] if name == "duo" and not equal else []
+        flags += ["--steps", "1000", "--batch-size", "4"] if name == "duo" and not equal else []  # by default, it takes ours
         rows.append((label, instance_job(args, who, *flags, script=f"baselines/{name}.py")))
     random = ("ours† (random surrogates)", instance_job(args, who, "--surrogate", "random"))
     return [*rows, random, ("ours", instance_job(args, who))]
