@@ -27,6 +27,7 @@ import statistics
 import sys
 import time
 from collections import namedtuple
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -52,7 +53,7 @@ def parse_args(argv=None):
     p.add_argument("table", nargs="?", choices=(*TABLES, "all"), help="which one")
     p.add_argument("--list", action="store_true", help="say what the tables are")
     p.add_argument("--rows", default="", metavar="TEXT", help="only rows whose title, heading or label contains it")
-    p.add_argument("--seeds", type=int, help="how many: 0, 1, ... (default: 3; --paper 6)")
+    p.add_argument("--seeds", type=int, help="how many: 0, 1, ... (default: 3; rates 1, --paper 6)")
     p.add_argument("--steps", type=int, help="iterations of every training, for a quick look (default: each script's own)")
     p.add_argument("--num-images", type=int, help="of eval.py, for a quick look")
     p.add_argument("--paper", action="store_true", help="at the papers' size, with their models; needs a GPU and --data")
@@ -94,6 +95,11 @@ def doco_job(args, concepts, keep, *flags, style=False, script="doco.py"):
 RIVALS = {"ESD": ("esd", "--steps", "1000", "--batch-size", "1"), "ConAbl": ("conabl", "--steps", "100"),
           "SPM": ("spm", "--steps", "3000", "--batch-size", "1"), "UCE": ("uce",),
           "Forget-Me-Not": ("forget_me_not", "--steps", "35", "--batch-size", "1")}  # fmt: skip
+# What was tried on the small models before: on the grumpy cat, on the cowboy. The first of each is the script's default now
+TRIED = {"ESD": ("--lr", "3e-4", "1e-4"), "ConAbl": ("--lr", "1e-4", "3e-5"), "SPM": ("--lr", "1e-3", "3e-4", "3e-3"),
+         "UCE": ("--lamb", "5", "0.1", "0.5", "50"), "Forget-Me-Not": ("--lr", "3e-6", "1e-5"),
+         "NegGrad": ("--lr", "2.5e-5", "5e-6", "1e-6"), "EraseDiff": ("--lr", "2.5e-5", "1e-5"),
+         "SISS (all t)": ("--lr", "2.5e-5", "6e-5"), "DUO": ("--lr", "1e-4", "2.5e-5")}  # fmt: skip
 
 
 def against_rivals(args, concepts, keep, own=False, **kind):
@@ -134,9 +140,23 @@ def doco_table1(args):
     pairs = [(style, "painting" if args.paper else "emoji") for style in styles]
     for pair in pairs:
         rows = against_rivals(args, [pair], [p for p in pairs if p != pair], style=True)
-        blocks.append((f"Erasing {pair[0]}", [pair[0]], rows if args.paper or pair[0] == "twemoji" else rows[-1:]))
+        blocks.append((f"Erasing {pair[0]}", [pair[0]], rows if args.paper else rows[-1:]))
     tables.append(Table("DoCo, Table 1: unlearning styles", doco_columns(pairs, OTHERS[::2]), [first, *blocks]))
     return tables
+
+
+def tried(label):
+    """[(label of a row, its flags)] of a rival."""
+    flag, default, *others = TRIED[label]
+    return [(f"{flag} {default}", [])] + [(f"{flag} {value}", [flag, value]) for value in others]
+
+
+def doco_rates(args):
+    three, blocks = instances(args), [("", [], [("original", "original")])]
+    for label, (name, *_) in RIVALS.items():
+        job = partial(doco_job, args, three[:1], three[1:], script=f"baselines/{name}.py")
+        blocks.append((label, [three[0][0]], [(row, job(*flags)) for row, flags in tried(label)]))
+    return [] if args.paper else [Table("The rivals' rates, tried on Grumpy Cat", doco_columns(three), blocks)]
 
 
 def doco_table3(args):
@@ -207,6 +227,16 @@ def instance_table1(args):
             Table("Instance unlearning, Table I: four instances, one after another", INSTANCE, [("", [], four)])]  # fmt: skip
 
 
+def instance_rates(args):
+    blocks = []
+    for label in [label for label in INSTANCE_RIVALS if label in TRIED]:
+        name, *flags = INSTANCE_RIVALS[label]
+        flags += ["--steps", "240", "--batch-size", "8"]
+        rows = [(row, instance_job(args, "one", *flags, *more, script=f"baselines/{name}.py")) for row, more in tried(label)]
+        blocks.append((f"{label}, 240 updates of 8", [], rows))
+    return [] if args.paper else [Table("The rivals' rates, tried on the cowboy", INSTANCE, blocks)]
+
+
 def one_block(args, title, rows):
     return [Table(f"Instance unlearning, {title}", INSTANCE, [("", [], rows)])]
 
@@ -248,7 +278,8 @@ def instance_table6(args):
 
 TABLES = {"doco-table1": doco_table1, "doco-table3": doco_table3, "instance-table1": instance_table1,
           "instance-table2": instance_table2, "instance-table3": instance_table3, "instance-table4": instance_table4,
-          "instance-table5": instance_table5, "instance-table6": instance_table6}  # fmt: skip
+          "instance-table5": instance_table5, "instance-table6": instance_table6,
+          "doco-rates": doco_rates, "instance-rates": instance_rates}  # fmt: skip
 
 
 # ---- 2. running: the real command lines, and only what is not done yet ---------------------------------------
@@ -553,7 +584,8 @@ def write(args, name, tables, reports):
     """results/NAME.md and .png from {job name: [report of each seed]}, and NAME-pictures.png where several erase a concept."""
     some = next(iter(reports.values()))[0]
     args.out.mkdir(parents=True, exist_ok=True)
-    sizes = sorted({len(rs) for rs in reports.values()})
+    sizes = " or ".join(map(str, sorted({len(rs) for rs in reports.values()})))
+    sizes = "One seed" if sizes == "1" else f"Mean ± sample standard deviation over {sizes} seeds"
     judges = [f"{key.replace('_', ' ')} {some[key]['name']} ({some[key]['sha256']})" for key in
               ("clip", "fid_features", "copy_detector", "distance_features") if isinstance(some.get(key), dict)]  # fmt: skip
     per = ("images_per_prompt", "pictures a prompt") if some["task"] == "concept" else ("n", "pictures")
@@ -562,7 +594,7 @@ def write(args, name, tables, reports):
     threads = sorted({r["threads"] for rs in reports.values() for r in rs})
     lines = [f"# {name}, {'at the papers’ size' if args.paper else 'in miniature'}", "",
              f"![{name}]({name}.png)", "",
-             f"Mean ± sample standard deviation over {' or '.join(map(str, sizes))} seeds of training and drawing; {n}, "
+             f"{sizes} of training and drawing; {n}, "
              f"before and after from the same noise. Best in bold, second best underlined where rows compete. "
              f"Judged by {'; '.join(judges)}.", ""]  # fmt: skip
     if not args.paper:
@@ -631,22 +663,23 @@ def main(args):
     if args.table is None:
         stop(f"which table? {', '.join(TABLES)} or all")
     args.runs = args.runs or Path("runs/paper" if args.paper else "runs/reproduce")
-    args.seeds = args.seeds or (6 if args.paper else 3)
     os.chdir(HERE)  # the commands name files of this repository
-    for name in TABLES if args.table == "all" else [args.table]:
-        if not (tables := select(TABLES[name](args), lambda words, _: args.rows.lower() in words.lower())):
-            stop(f"--rows {args.rows!r}: no such row in {name}")
-        jobs = all_jobs(tables)
+    chosen = {name: select(TABLES[name](args), lambda words, _: args.rows.lower() in words.lower())
+              for name in (TABLES if args.table == "all" else [args.table])}  # fmt: skip
+    if not any(chosen.values()):
+        stop(f"--rows {args.rows!r}: no such row in {args.table}" if args.rows else f"{args.table} is without --paper alone")
+    for name, tables in ((name, tables) for name, tables in chosen.items() if tables):
+        jobs, n_seeds = all_jobs(tables), args.seeds or (6 if args.paper else 1 if name.endswith("rates") else 3)
         if args.dry_run:
             for job in jobs.values():
-                for seed in range(args.seeds):
+                for seed in range(n_seeds):
                     print("\n".join(as_text(job, *command_lines(args, job, seed))))
             continue
         if any("sun-with-face" in flag for job in jobs.values() for flag in job.flags):
             outside_picture(args.runs / "twemoji-sun-with-face.png")
         reports = {}
         for k, job in enumerate(jobs.values()):
-            seeds = [s for s in range(args.seeds) if not args.finished or (args.runs / f"{job.name}-{s}/report.json").exists()]
+            seeds = [s for s in range(n_seeds) if not args.finished or (args.runs / f"{job.name}-{s}/report.json").exists()]
             print(f"\n{name}, row {k + 1} of {len(jobs)}: {job.name}, {len(seeds)} seeds")
             if seeds:
                 reports[job.name] = [run(args, job, seed) for seed in seeds]

@@ -1,6 +1,8 @@
 """reproduce.py: every command parses, a table is made by the real commands and goes on where it stopped, cells are right."""
 
+import inspect
 import json
+import re
 import shlex
 import statistics
 from types import SimpleNamespace
@@ -35,6 +37,28 @@ def test_two_rows_never_share_a_folder(capsys):
     for line in printed(capsys, "all"):
         if "--out" in (words := shlex.split(line)):
             assert folders.setdefault(words[words.index("--out") + 1], line) == line
+
+
+def test_first_of_the_rates_tried_is_the_default():
+    for label, (flag, value, *others) in reproduce.TRIED.items():
+        name, *_ = (reproduce.RIVALS | reproduce.INSTANCE_RIVALS)[label]
+        module = reproduce.SCRIPTS[f"baselines/{name}.py"]
+        if hasattr(module, "SMALL"):
+            assert module.SMALL["lr"] == float(value) and flag == "--lr"
+        else:  # the small model's default is said by the help
+            source = inspect.getsource(module.parse_args)
+            assert float(re.search(rf'"{flag}".*for emoji/(?:sd|ddpm) ([0-9.e-]+)', source)[1]) == float(value), label
+        assert others and value not in others
+
+
+@pytest.mark.parametrize("rates", ["doco-rates", "instance-rates"])
+def test_rates_are_of_the_small_models_and_one_seed(capsys, rates):
+    lines = printed(capsys, rates)
+    tries = sum(len(values) for label, (_, *values) in reproduce.TRIED.items()
+                if label in (reproduce.RIVALS if rates == "doco-rates" else reproduce.INSTANCE_RIVALS))  # fmt: skip
+    assert len(lines) == 2 * tries and all("--seed 0" in line for line in lines)
+    with pytest.raises(SystemExit, match="without --paper"):
+        printed(capsys, rates, "--paper")
 
 
 @pytest.fixture
