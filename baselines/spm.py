@@ -45,7 +45,7 @@ from doco import load_pipeline, prompt_pairs, save_whole, stop  # noqa: E402
 
 # The paper's settings; doco.py's updates and batch for toys like emoji/sd, and a larger rate
 PAPER = dict(steps=3000, batch_size=1, lr=1e-4, guidance=3.0, sampling_steps=30)
-SMALL = dict(steps=250, batch_size=8, lr=1e-3, guidance=3.0, sampling_steps=15)
+SMALL = dict(steps=250, batch_size=8, lr=3e-3, guidance=3.0, sampling_steps=15)
 LAYERS = r".*attentions.*\.(proj_in|proj_out|to_q|to_k|to_v|to_out\.0|ff\.net\.0\.proj|ff\.net\.2)"
 
 
