@@ -96,7 +96,7 @@ RIVALS = {"ESD": ("esd", "--steps", "1000", "--batch-size", "1"), "ConAbl": ("co
           "SPM": ("spm", "--steps", "3000", "--batch-size", "1"), "UCE": ("uce",),
           "Forget-Me-Not": ("forget_me_not", "--steps", "35", "--batch-size", "1")}  # fmt: skip
 # What was tried on the small models before: on the grumpy cat, on the cowboy. The first of each is the script's default now
-TRIED = {"ESD": ("--lr", "3e-4", "1e-4"), "ConAbl": ("--lr", "1e-4", "3e-5"), "SPM": ("--lr", "3e-3", "3e-4", "1e-3"),
+TRIED = {"ESD": ("--lr", "3e-4", "1e-4", "2e-4"), "ConAbl": ("--lr", "1e-4", "3e-5"), "SPM": ("--lr", "3e-3", "3e-4", "1e-3"),
          "UCE": ("--lamb", "5", "0.1", "0.5", "50"), "Forget-Me-Not": ("--lr", "3e-6", "1e-5"),
          "NegGrad": ("--lr", "2.5e-5", "5e-6", "1e-6", "3e-7", "1e-7"), "EraseDiff": ("--lr", "2.5e-5", "1e-5"),
          "SISS (all t)": ("--lr", "2.5e-5", "6e-5"), "DUO": ("--lr", "1e-4", "2.5e-5")}  # fmt: skip
