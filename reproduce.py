@@ -104,10 +104,10 @@ TRIED = {"ESD": ("--lr", "3e-4", "1e-4", "2e-4"), "ConAbl": ("--lr", "1e-4", "3e
 
 
 def against_rivals(args, concepts, keep, own=False, **kind):
-    """Rows: every rival, then DoCo. own: with the updates and batches of their papers."""
+    """Rows: every rival, then DoCo. own: the rivals with the updates and batches of their papers."""
     rows = [(label, doco_job(args, concepts, keep, *(flags if own else ()), **kind, script=f"baselines/{name}.py"))
             for label, (name, *flags) in RIVALS.items()]  # fmt: skip
-    return [*rows, ("DoCo", doco_job(args, concepts, keep, *(("--steps", "2000", "1000") if own else ()), **kind))]
+    return [*rows, ("DoCo, 250 updates of 8" if own else "DoCo", doco_job(args, concepts, keep, **kind))]
 
 
 def instances(args):
@@ -134,7 +134,7 @@ def doco_table1(args):
         blocks.append((f"Erasing {pair[0]}", [pair[0]], against_rivals(args, [pair], three)))
     if not args.paper:
         name, rows = three[0][0], against_rivals(args, three[:1], three[1:], own=True)
-        blocks.append((f"Erasing {name}, updates and batch of their papers", [name], rows))
+        blocks.append((f"Erasing {name}, rivals with the updates and batch of their papers", [name], rows))
     first = ("", [], [("original", "original")])
     tables.append(Table("DoCo, Table 1: unlearning instances", doco_columns(three + fourth), [first, *blocks]))
     styles, blocks = ("Van Gogh", "Picasso", "Rembrandt") if args.paper else ("noto", "twemoji", "fluent"), []
