@@ -524,7 +524,8 @@ def trade_off(pen, points, box, font, plain):
         if kind == 0:
             pen.ellipse((x - r, y - r, x + r, y + r), fill=colour)
         else:
-            pen.regular_polygon((x, y, 1.3 * r), (4, 3, 5)[(kind - 1) % 3], fill=colour)
+            corners, turn = ((4, 0), (3, 0), (5, 0), (4, 45))[(kind - 1) % 4]
+            pen.regular_polygon((x, y, 1.3 * r), corners, rotation=turn, fill=colour)
 
     if limit is not None:
         for y in range(int(top), int(bottom), 10):
