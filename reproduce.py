@@ -456,7 +456,8 @@ def picture(tables, path):
                 widths[-1] = max(widths[-1], text_size(pen, "similarity < 0.4 xx", font) + pad)
         rows_high = 3 + sum(bool(h) + len(rows) for h, _, rows in blocks)
         title_wide = text_size(pen, table.title.translate(plain), font) + 2 * pad
-        wide, plot = int(max(sum(widths) + pad, title_wide, 620)), 300
+        wide = int(max(sum(widths) + pad, title_wide, 620))
+        plot = 300 if len({label for label, _, _ in points[3]}) <= len(COLOURS) else 0  # more could not be told apart
         image = Image.new("RGB", (wide, int(rows_high * line + plot + 70)), "white")
         pen = ImageDraw.Draw(image)
         pen.text((pad, 6), table.title.translate(plain), fill="black", font=font, stroke_width=0.4)
@@ -488,7 +489,8 @@ def picture(tables, path):
                         pen.line((at[0], y + 19, at[0] + text_size(pen, text, font), y + 19), fill="black")
                 y += line
             pen.line((pad, y - 4, wide - pad, y - 4), fill="lightgray")
-        trade_off(pen, points, (pad + 50, y + 30, pad + 430, y + plot), font, plain)
+        if plot:
+            trade_off(pen, points, (pad + 50, y + 30, pad + 430, y + plot), font, plain)
         parts.append(image.crop((0, 0, wide, int(y + plot + 44))))
     whole = Image.new("RGB", (max(p.width for p in parts), sum(p.height for p in parts)), "white")
     y = 0
@@ -496,6 +498,9 @@ def picture(tables, path):
         whole.paste(part, (0, y))
         y += part.height
     whole.save(path)
+
+
+COLOURS = ("black", "firebrick", "blue", "darkgreen", "darkorange", "purple", "teal", "deeppink")
 
 
 def trade_off(pen, points, box, font, plain):
@@ -530,13 +535,12 @@ def trade_off(pen, points, box, font, plain):
     if limit is not None:
         for y in range(int(top), int(bottom), 10):
             pen.line((place(limit, 0)[0], y, place(limit, 0)[0], y + 5), fill="red")
-    colours = ("black", "firebrick", "blue", "darkgreen", "darkorange", "purple", "teal", "deeppink")
     for label, heading, seeds in rows:
-        colour = colours[labels.index(label) % len(colours)]
+        colour = COLOURS[labels.index(label) % len(COLOURS)]
         for xy in seeds:
             mark(*place(*xy), 2, colour, heading)
         mark(*place(*(statistics.mean(v) for v in zip(*seeds, strict=True))), 5, colour, heading)
-    legend = [(label, colours[k % len(colours)], headings[0]) for k, label in enumerate(labels)]
+    legend = [(label, COLOURS[k % len(COLOURS)], headings[0]) for k, label in enumerate(labels)]
     legend += [(heading, "gray", heading) for heading in headings if len(headings) > 1]
     for k, (text, colour, heading) in enumerate(legend):
         mark(right + 20, top + 12 + k * 20, 5, colour, heading)
