@@ -231,8 +231,9 @@ def instance_table1(args):
 
 def instance_rates(args):
     blocks = []
-    for label in [label for label in INSTANCE_RIVALS if label in TRIED]:
-        name, *flags = INSTANCE_RIVALS[label]
+    for label, (name, *flags) in INSTANCE_RIVALS.items():
+        if label not in TRIED:
+            continue
         flags += ["--steps", "240", "--batch-size", "8"]
         rows = [(row, instance_job(args, "one", *flags, *more, script=f"baselines/{name}.py")) for row, more in tried(label)]
         blocks.append((f"{label}, 240 updates of 8", [], rows))
@@ -674,11 +675,11 @@ def main(args):
         stop(f"which table? {', '.join(TABLES)} or all")
     args.runs = args.runs or Path("runs/paper" if args.paper else "runs/reproduce")
     os.chdir(HERE)  # the commands name files of this repository
-    chosen = {name: select(TABLES[name](args), lambda words, _: args.rows.lower() in words.lower())
-              for name in (TABLES if args.table == "all" else [args.table])}  # fmt: skip
-    if not any(chosen.values()):
+    chosen = {name: tables for name in (TABLES if args.table == "all" else [args.table])
+              if (tables := select(TABLES[name](args), lambda words, _: args.rows.lower() in words.lower()))}  # fmt: skip
+    if not chosen:
         stop(f"--rows {args.rows!r}: no such row in {args.table}" if args.rows else f"{args.table} is without --paper alone")
-    for name, tables in ((name, tables) for name, tables in chosen.items() if tables):
+    for name, tables in chosen.items():
         jobs, n_seeds = all_jobs(tables), args.seeds or (6 if args.paper else 1 if name.endswith("rates") else 3)
         if args.dry_run:
             for job in jobs.values():
