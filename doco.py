@@ -23,10 +23,9 @@ import json
 import math
 import os
 import re
-import shutil
 import signal
-import subprocess
 import sys
+from itertools import zip_longest
 from pathlib import Path
 
 import diffusers
@@ -34,19 +33,28 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import load_file
 from tqdm import tqdm
 
+from common import (
+    REPO,
+    agree,
+    atomic_save,
+    evaluate_run,
+    fail,
+    fingerprint,
+    git_commit,
+    is_embedded,
+    load_or_fail,
+    load_pipeline,
+    lock_run_dir,
+    make_run_dir,
+    read_cache,
+    run_name,
+)
 from discriminator import patchgan
 from gradsurgery import flat_grad, lambda_projection, write_grad
-
-try:
-    import fcntl
-except ImportError:  # Windows, where two runs in one folder go unnoticed
-    fcntl = None
-
-HERE = Path(__file__).resolve().parent
 
 # The paper's settings; D's rate is the released code's, five times that for styles. Its --scale_lr makes --lr 4.8e-5 of 6e-6.
 PAPER = dict(steps=[2000, 1000], batch_size=8, lr=[6e-6, 1e-4], images=1000, guidance=6.0, sampling_steps=25)
@@ -57,6 +65,8 @@ TRAINED = {"kv": r"attn2\.to_[kv]\.", "xattn": r"attn2\.", "full": r""}  # --tra
 
 OBJECT_PROMPTS = ("{}", "a {}", "a photo of {}", "a photo of a {}", "a picture of a {}", "an emoji of {}", "an emoji of a {}",
                   "a drawing of a {}", "an image of {}", "the {}", "a cute {}", "{} on a white background")  # fmt: skip
+# The models in emoji/ know emoji; of any other, two of twelve anchor images would be emoji that nobody asked for.
+OTHER_PROMPTS = tuple(t for t in OBJECT_PROMPTS if "emoji" not in t)
 STYLE_SUBJECTS = ("cat", "dog", "bird", "fish", "horse", "tiger", "rabbit", "frog", "butterfly", "rose", "sunflower", "house",
                   "car", "pizza", "banana", "apple", "face", "bear", "tree", "strawberry", "ghost", "owl")  # fmt: skip
 
@@ -67,7 +77,7 @@ def parse_args(argv=None):
     p.add_argument("--anchor", nargs="+", required=True, help="what to draw instead: one for all, or one each")
     p.add_argument("--concept-type", choices=("object", "style"), default="object", help="style: the anchor is a medium")
     p.add_argument("--prompts", type=Path, help="text file of anchor prompts, one a line (default: built-in templates)")
-    p.add_argument("--model", default=str(HERE / "emoji/sd"), help="Stable Diffusion 1.x/2.x: folder or hub id")
+    p.add_argument("--model", default=str(REPO / "emoji/sd"), help="Stable Diffusion 1.x/2.x: folder or hub id")
     p.add_argument("--init", type=Path, help="an earlier run folder to go on from; its targets stay forgotten")
     p.add_argument("--resolution", type=int, help="pixels of a side (default: the model's own)")
     p.add_argument("--steps", type=int, nargs="+", metavar="N", help="iterations, and how many of them train D only")
@@ -76,6 +86,8 @@ def parse_args(argv=None):
     p.add_argument("--lam", type=float, default=1.0, help="lambda of Eq. 10: how much of the conflict is cut away")
     p.add_argument("--view", default="x0", help="what D sees: x0, or xprev:STRIDE (the paper: xprev:1)")
     p.add_argument("--retain", choices=("none", "l2", "cp"), default="cp", help="Table 3: nothing, adding L_r, or Eq. 10")
+    p.add_argument("--project", choices=("gradient", "step"), default="gradient", help="what Eq. 10 is applied to: "
+                   "the gradient, as in the paper, or the step that AdamW makes of it")  # fmt: skip
     p.add_argument("--train", choices=tuple(TRAINED), default="kv", help="cross-attention K and V, all of it, or the UNet")
     p.add_argument("--compile", action="store_true", help="torch.compile the UNet, which takes minutes at first")
     p.add_argument("--gradient-checkpointing", action="store_true", help="less memory, passes forward twice; same weights")
@@ -125,95 +137,67 @@ def swap(params, originals):
         p.data, o.data = o.data, p.data
 
 
+def flatten(params):
+    """The values of some parameters as one vector (n,), a copy."""
+    return torch.cat([p.detach().reshape(-1) for p in params])
+
+
+def unflatten(params, flat):
+    """Writes a vector (n,) back into the parameters, in place."""
+    for p, values in zip(params, flat.split([p.numel() for p in params]), strict=True):
+        p.data.copy_(values.view_as(p))
+
+
 # ---- 2. prompts ---------------------------------------------------------------------------------------------------
 
 
 def prompt_pairs(args):
-    """[(anchor prompt, [target prompts])]: one entry per template and target. Errors name the flag that mends them."""
+    """[(anchor prompt, [target prompts])]: one entry per template and target, the targets taking turns.
+
+    Taking turns matters: anchor image j belongs to entry j modulo their number, so that with fewer images than entries it is
+    the last templates that go untrained, of every target, and never a whole target.
+    """
     anchors = args.anchor * len(args.target) if len(args.anchor) == 1 else args.anchor
     if len(anchors) != len(args.target):
-        stop(f"{len(args.target)} targets but {len(anchors)} anchors; give one --anchor for all, or one each")
+        fail(f"{len(args.target)} targets but {len(anchors)} anchors; give one --anchor for all, or one each")
     if args.prompts and not args.prompts.is_file():
-        stop(f"--prompts {args.prompts}: no such file")
+        fail(f"--prompts {args.prompts}: no such file")
     lines = args.prompts and [line.strip() for line in args.prompts.read_text("utf-8", "replace").splitlines() if line.strip()]
     if lines == []:
-        stop(f"--prompts {args.prompts} is empty; expected one anchor prompt a line")
+        fail(f"--prompts {args.prompts} is empty; expected one anchor prompt a line")
+    templates = OBJECT_PROMPTS if is_embedded(args.model) else OTHER_PROMPTS
     words = {a: re.compile(rf"(?<!\w){re.escape(a)}(?!\w)", re.IGNORECASE) for a in anchors}  # "man" is not in "woman"
-    pairs = []
+    per_target = []
     for target, anchor in zip(args.target, anchors, strict=True):
         if not target.strip() or not anchor.strip():
-            stop("--target and --anchor must not be empty")
+            fail("--target and --anchor must not be empty")
         if target.lower() == anchor.lower():
-            stop(f"--target and --anchor are both {target!r}; there is nothing to change")
+            fail(f"--target and --anchor are both {target!r}; there is nothing to change")
+        pairs = []
         if args.concept_type == "style":
             article = "an" if anchor[0].lower() in "aeiou" else "a"
             for p in lines or [f"{article} {anchor} of a {s}" for s in STYLE_SUBJECTS]:
                 subject = p.removeprefix(f"{article} {anchor} of ")
                 pairs.append((p, [f"{q}, in the style of {target}" for q in (p, subject)] + [f"in {target}'s style, {p}"]))
         else:
-            fitting = [p for p in lines or [t.format(anchor) for t in OBJECT_PROMPTS] if words[anchor].search(p)]
+            fitting = [p for p in lines or [t.format(anchor) for t in templates] if words[anchor].search(p)]
             if lines and len(fitting) < len(lines) and (len(words) == 1 or not fitting):
-                stop(f"--prompts: {min(set(lines) - set(fitting))!r} does not contain the anchor {anchor!r}, to be replaced")
-            pairs += [(p, [words[anchor].sub(lambda _, t=target: t, p)]) for p in fitting]
-    return pairs
+                fail(f"--prompts: {min(set(lines) - set(fitting))!r} does not contain the anchor {anchor!r}, to be replaced")
+            pairs = [(p, [words[anchor].sub(lambda _, t=target: t, p)]) for p in fitting]
+        per_target.append(pairs)
+    return [pair for turn in zip_longest(*per_target) for pair in turn if pair]
 
 
-# ---- 3. plumbing: errors, files ---------------------------------------------------------------------------------
+def check_coverage(pairs, n_images, n_targets):
+    """Says which entries of prompt_pairs get no anchor image; with fewer images than targets, that is an error."""
+    if n_images < n_targets:
+        fail(f"{n_targets} targets but {n_images} anchor images; raise --steps or --batch-size")
+    if n_images < len(pairs):
+        tqdm.write(f"warning: {len(pairs) - n_images} of {len(pairs)} pairs of prompt and target are not trained, for there "
+                   f"are {n_images} anchor images; every target keeps its first prompts", file=sys.stderr)  # fmt: skip
 
 
-def stop(message):
-    sys.exit(f"{Path(sys.argv[0]).name}: error: {message}")  # a rival that uses this file speaks for itself
-
-
-def save_whole(path, tensors=None, text=None, pipe=None, metadata=None):
-    """Writes a file or pipeline folder under a temporary name, then renames it: nobody sees a half, a full disk spoils none."""
-    temporary = Path(f"{path}.tmp")
-    try:
-        if pipe is not None:
-            pipe.save_pretrained(temporary)
-            shutil.rmtree(path, ignore_errors=True)  # only now: a rename does not replace a folder
-        elif text is not None:
-            temporary.write_text(text, encoding="utf-8")
-        else:
-            save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, temporary, metadata)
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as e:
-        shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink(missing_ok=True)
-        stop(f"{path} cannot be written ({e}); make room there and begin again, or go on with --resume")
-
-
-def claim(folder):
-    """Keeps other runs out of a run folder while its result lives; the lock goes with the process, however that ends."""
-    lock = open(folder / ".lock", "w")
-    try:
-        if fcntl:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        stop(f"{folder} is in use by another run; choose another --out")
-    return lock
-
-
-def load_pipeline(model, **kwargs):
-    """Any Stable Diffusion folder or hub id, with or without fp16 variant and safety checker; safetensors only."""
-    if os.path.exists(model) and not (Path(model) / "model_index.json").is_file():
-        stop(f"--model {model}: no model_index.json there; expected a diffusers pipeline folder or a hub id")
-    errors = []
-    for variant in (None, "fp16"):
-        try:
-            return StableDiffusionPipeline.from_pretrained(model, variant=variant, use_safetensors=True, **kwargs)
-        except Exception as e:  # the hub client raises a dozen types: missing folder, no network, pickle-only weights
-            errors.append(str(e).splitlines()[0])
-    for pickled in (f for f in Path(model).rglob("*.bin") if not [*f.parent.glob("*.safetensors")]):
-        stop(f"--model {model}: {pickled.name} is a pickle, which may run any code; save the model as .safetensors first")
-    stop(f"--model {model} cannot be loaded (a Stable Diffusion folder or hub id with .safetensors weights?): {errors[0]}")
-
-
-def read_back(path, read):
-    """read(), but a truncated or foreign file, which raises half a dozen types, ends the run with one line."""
-    try:
-        return read()
-    except Exception as e:
-        stop(f"{path} is damaged or of another run ({type(e).__name__}: {str(e).splitlines()[0]}); delete it to begin anew")
+# ---- 3. checkpoints and anchor images ---------------------------------------------------------------------------
 
 
 def save_checkpoint(path, step, trained, disc, optimizers):
@@ -222,7 +206,7 @@ def save_checkpoint(path, step, trained, disc, optimizers):
     for k, optimizer in enumerate(optimizers):
         for i, state in optimizer.state_dict()["state"].items():
             tensors |= {f"{k}/{i}/{moment}": t for moment, t in state.items()}
-    save_whole(path, tensors, metadata={"step": str(step)})
+    atomic_save(path, tensors, metadata={"step": str(step)})
 
 
 def load_checkpoint(path, trained, disc, optimizers):
@@ -236,8 +220,46 @@ def load_checkpoint(path, trained, disc, optimizers):
         states[int(k)].setdefault(int(i), {})[moment] = t
     for optimizer, state in zip(optimizers, states, strict=True):
         optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+    return checkpoint_step(path)
+
+
+def checkpoint_step(path):
+    """The number of iterations that a checkpoint holds, or None where there is no checkpoint."""
+    if not path.exists():
+        return None
     with safe_open(path, "pt") as f:
         return int(f.metadata()["step"])
+
+
+def sample_anchor_latents(pipe, emb, pairs, n, size, recipe, seed, rank=0, world=1):
+    """n images of the anchor prompts from the original model, as latents (n, 4, size, size); the ranks share the work.
+
+    DPM-Solver++ with recipe["sampling_steps"] steps and guidance recipe["guidance"], as in the released code, which saves
+    them as JPEG in between. Image j follows (seed, j) and entry j of the pairs, whatever the number of ranks.
+    """
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+    pipe.set_progress_bar_config(disable=True)
+    pixels, device = size * pipe.vae_scale_factor, pipe.device
+    latents = torch.zeros(n, pipe.unet.config.in_channels, size, size, device=device)
+    chunks = [range(i, min(i + 16, n)) for i in range(0, n, 16)]
+    for chunk in tqdm(chunks[rank::world], f"{n} anchor images", disable=rank > 0):
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            latents[list(chunk)] = pipe(
+                prompt_embeds=torch.stack([emb[pairs[j % len(pairs)][0]] for j in chunk]),
+                negative_prompt_embeds=emb[""].expand(len(chunk), -1, -1), guidance_scale=recipe["guidance"],
+                generator=[torch.Generator().manual_seed(seed * 1_000_003 + j) for j in chunk], output_type="latent",
+                num_inference_steps=recipe["sampling_steps"], height=pixels, width=pixels,
+            ).images.float()  # fmt: skip
+    if world > 1:
+        dist.all_reduce(latents)  # each rank has filled its own rows
+    return latents
+
+
+def save_pipeline(args, out):
+    """OUT/pipeline: the whole model with the unlearned weights, for tools that take folders. After the weights are saved."""
+    pipe = load_pipeline(args.model, (StableDiffusionPipeline,), safety_checker=True, dtype=torch.float32)
+    pipe.unet.load_state_dict(load_file(out / "delta.safetensors"), strict=False)
+    atomic_save(out / "pipeline", pipe=pipe)
 
 
 # ---- 4. the run ---------------------------------------------------------------------------------------------------
@@ -250,32 +272,32 @@ def unlearn(args):
     device = torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    if world > 1:
+    if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     amp = lambda: torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")  # noqa: E731
 
     # -- check what can be checked before anything is loaded
     pairs = prompt_pairs(args)
     if not (view := re.fullmatch(r"(x0)|xprev(?::([1-9]\d{0,2}))?", args.view)):
-        stop(f"--view {args.view}: expected x0, xprev or xprev:STRIDE with a stride of 1 to 999")
+        fail(f"--view {args.view}: expected x0, xprev or xprev:STRIDE with a stride of 1 to 999")
+    if args.project == "step" and args.retain != "cp":
+        fail(f"--project step goes with --retain cp, not with --retain {args.retain}")
     stride = int(view[2] or 1)
-    out = args.out or Path("runs") / ("doco-" + re.sub(r"[^a-z0-9]+", "-", "-".join(args.target).lower()).strip("-"))
+    out = args.out or Path("runs") / run_name("doco", args.target)
     finished, checkpoint = out / "delta.safetensors", out / "checkpoint.safetensors"
     if (finished.exists() or checkpoint.exists()) and not args.resume:
-        stop(f"{out} already holds a run; choose another --out, or --resume one that was stopped")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "log.jsonl").touch()
-    except OSError as e:
-        stop(f"--out {out} cannot be written: {e.strerror}")
-    lock = claim(out) if rank == 0 else None  # noqa: F841, until this function returns
+        fail(f"{out} already holds a run; choose another --out, or --resume one that was stopped")
+    make_run_dir(out)
+    begun = load_or_fail(checkpoint, lambda: checkpoint_step(checkpoint))
+    agree({finished.name: finished.exists(), checkpoint.name: begun}, out)
+    lock = lock_run_dir(out) if rank == 0 else None  # noqa: F841, until this function returns
 
     # -- the original model, and the recipe for its size
-    pipe = load_pipeline(args.model, safety_checker=None, requires_safety_checker=False, dtype=torch.float32).to(device)
+    pipe = load_pipeline(args.model, (StableDiffusionPipeline,), dtype=torch.float32).to(device)
     unet, scale = pipe.unet.requires_grad_(False).eval(), pipe.vae_scale_factor
     alpha_bar = pipe.scheduler.alphas_cumprod.to(device)  # (1000,), the a_t of the paper
     if pipe.scheduler.config.prediction_type != "epsilon":
-        stop(f"--model {args.model} predicts {pipe.scheduler.config.prediction_type}; only epsilon models are supported")
+        fail(f"--model {args.model} predicts {pipe.scheduler.config.prediction_type}; only epsilon models are supported")
     style, small = args.concept_type == "style", unet.config.sample_size < 32
     recipe = SMALL | {"steps": [n * len(args.target) * (1 + style) for n in SMALL["steps"]]} if small else PAPER
     steps, warmup = [*(args.steps or recipe["steps"]), (args.steps or [0])[0] * recipe["steps"][1] // recipe["steps"][0]][:2]
@@ -283,54 +305,55 @@ def unlearn(args):
     batch = recipe["batch_size"] if args.batch_size is None else args.batch_size
     size = (args.resolution or unet.config.sample_size * scale) // scale  # side of a latent
     if batch < 1 or batch % world:
-        stop(f"--batch-size {batch} cannot be split over {world} processes; take a positive multiple of {world}")
+        fail(f"--batch-size {batch} cannot be split over {world} processes; take a positive multiple of {world}")
     if not 0 <= warmup <= steps > 0 or len(args.steps or []) > 2:
-        stop(f"--steps {steps} {warmup}: expected TOTAL >= WARMUP >= 0")
+        fail(f"--steps {steps} {warmup}: expected TOTAL >= WARMUP >= 0")
     if not (lr > 0 and disc_lr > 0) or len(args.lr or []) > 2:
-        stop(f"--lr {lr:g} {disc_lr:g}: expected one or two positive rates")
+        fail(f"--lr {lr:g} {disc_lr:g}: expected one or two positive rates")
     if args.resolution and (args.resolution % scale or size < 8):
-        stop(f"--resolution {args.resolution}: expected a multiple of {scale}, at least {8 * scale}, as this model needs")
-    settings = vars(args) | {"steps": [steps, warmup], "batch_size": batch, "lr": [lr, disc_lr], "resolution": size * scale}
-    free = ("resume", "out", "save_pipeline", "gradient_checkpointing")  # may change when a run is resumed
-    settings = {k: str(v) if isinstance(v, Path) else v for k, v in settings.items() if k not in free}
-    if (out / "args.json").exists() and (then := json.loads((out / "args.json").read_text())["settings"]) != settings:
-        changed = ", ".join(k for k in settings if settings[k] != then.get(k))
-        stop(f"{out} was begun with other settings ({changed}); repeat them or choose another --out")
-    if finished.exists():
-        return out if rank == 0 else None  # it was stopped while it was scored
+        fail(f"--resolution {args.resolution}: expected a multiple of {scale}, at least {8 * scale}, as this model needs")
+    n_images = min(recipe["images"], steps * batch)
     if rank == 0:
-        print(f"{'small-model' if small else 'paper'} recipe: {steps} iterations, the first {warmup} for D only, "
-              f"batch {batch}, lr {lr:g} and {disc_lr:g}, view {args.view}, retain {args.retain}, lam {args.lam:g}")
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True).stdout.strip()
-        about = {"torch": torch.__version__, "diffusers": diffusers.__version__, "commit": commit, "processes": world}
-        save_whole(out / "args.json", text=json.dumps(about | {"settings": settings}, indent=1))
+        check_coverage(pairs, n_images, len(args.target))
 
     # -- text embeddings, once
     texts = list(dict.fromkeys(["", *(a for a, _ in pairs), *(t for _, ts in pairs for t in ts)]))
     with torch.no_grad():
         emb = {text: pipe.encode_prompt(text, device, 1, False)[0][0] for text in texts}  # (77, D) each
 
-    # -- anchor pictures from the original model, straight as latents (no JPEG as in the released code); ranks share the work
-    n_images, cache = min(recipe["images"], steps * batch), out / "anchor_latents.safetensors"
-    if cache.exists():
-        latents = read_back(cache, lambda: load_file(cache)["latents"]).to(device)  # (n_images, 4, h, w)
-    else:
-        pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
-        pipe.set_progress_bar_config(disable=True)
-        latents = torch.zeros(n_images, unet.config.in_channels, size, size, device=device)
-        parts = [range(i, min(i + 16, n_images)) for i in range(0, n_images, 16)]  # the same for any number of ranks
-        for part in tqdm(parts[rank::world], f"{n_images} anchor pictures", disable=rank > 0):
-            with torch.no_grad(), amp():
-                latents[list(part)] = pipe(
-                    prompt_embeds=torch.stack([emb[pairs[j % len(pairs)][0]] for j in part]),
-                    negative_prompt_embeds=emb[""].expand(len(part), -1, -1), guidance_scale=recipe["guidance"],
-                    generator=[torch.Generator().manual_seed(args.seed * 1_000_003 + j) for j in part], output_type="latent",
-                    num_inference_steps=recipe["sampling_steps"], height=size * scale, width=size * scale,
-                ).images.float()  # fmt: skip
-        if world > 1:
-            dist.all_reduce(latents)  # each rank has filled its own rows
+    # -- a run may go on with the settings that it began with, and with the same contents of what its flags name
+    settings = vars(args) | {"steps": [steps, warmup], "batch_size": batch, "lr": [lr, disc_lr], "resolution": size * scale}
+    resumable = ("resume", "out", "save_pipeline", "gradient_checkpointing")  # these may change
+    settings = {k: str(v) if isinstance(v, Path) else v for k, v in settings.items() if k not in resumable}
+    settings["contents of --model"] = fingerprint(unet, emb, alpha_bar)
+    settings["contents of --prompts"] = fingerprint(pairs)
+    if args.init and (args.init / "delta.safetensors").is_file():
+        settings["contents of --init"] = fingerprint(args.init / "delta.safetensors")
+    record = out / "args.json"
+    if (begun is not None or finished.exists()) and record.exists():
+        then = load_or_fail(record, lambda: json.loads(record.read_text())["settings"])
+        if changed := [k for k in settings if settings[k] != then.get(k)]:
+            fail(f"{out} was begun with other settings ({', '.join(changed)}); repeat them or choose another --out")
+    if finished.exists():  # training had finished; its evaluation, or the writing of its pipeline, was interrupted
+        if rank == 0 and args.save_pipeline and not (out / "pipeline").exists():
+            save_pipeline(args, out)
+        return close(rank, world, out)
+    if rank == 0:
+        print(f"{'small-model' if small else 'paper'} recipe: {steps} iterations, the first {warmup} for D only, "
+              f"batch {batch}, lr {lr:g} and {disc_lr:g}, view {args.view}, retain {args.retain}, lam {args.lam:g}")
+        about = {"torch": torch.__version__, "diffusers": diffusers.__version__, "commit": git_commit(), "processes": world}
+        atomic_save(record, text=json.dumps(about | {"settings": settings}, indent=1))
+
+    # -- anchor images: sampled once; a stopped run finds its own again. The first rank reads them and sends them to the others
+    cache, key = out / "anchor_latents.safetensors", fingerprint(
+        settings["contents of --model"], [a for a, _ in pairs], args.seed, size, n_images, recipe["guidance"],
+        recipe["sampling_steps"])  # fmt: skip
+    latents = read_cache(cache, "latents", key, rank, world)  # (n_images, 4, h, w)
+    if latents is None:
+        latents = sample_anchor_latents(pipe, emb, pairs, n_images, size, recipe, args.seed, rank, world)
         if rank == 0:
-            save_whole(cache, {"latents": latents})
+            atomic_save(cache, {"latents": latents}, metadata={"key": key})
+    latents = latents.to(device)
     del pipe  # the UNet stays
 
     # -- what is trained, and its original values: this copy is all that the frozen model costs
@@ -339,18 +362,19 @@ def unlearn(args):
     originals = [p.detach().clone() for p in params]
     if args.init:
         if not (args.init / "delta.safetensors").is_file():
-            stop(f"--init {args.init}: no delta.safetensors there; expected the folder of a finished run")
-        earlier = read_back(args.init / "delta.safetensors", lambda: load_file(args.init / "delta.safetensors"))
+            fail(f"--init {args.init}: no delta.safetensors there; expected the folder of a finished run")
+        earlier = load_or_fail(args.init / "delta.safetensors", lambda: load_file(args.init / "delta.safetensors"))
         if any(n not in trained or t.shape != trained[n].shape for n, t in earlier.items()):
-            stop(f"--init {args.init} trained weights that are not trained here; repeat its --model and --train")
+            fail(f"--init {args.init} trained weights that are not trained here; repeat its --model and --train")
         unet.load_state_dict(earlier, strict=False)
     torch.manual_seed(args.seed)  # the same discriminator on every rank
     disc = patchgan(size, unet.config.in_channels).to(device)
+    # As in the released code: weight decay 1e-2 for the UNet, betas of 0.5 and 0.999 for D. The paper names no optimizer.
     opt_unet = torch.optim.AdamW(params, lr=lr, weight_decay=1e-2, fused=True)
     opt_disc = torch.optim.Adam(disc.parameters(), lr=disc_lr, betas=(0.5, 0.999), fused=True)
-    start, log, conflicts = 0, [], 0
-    if checkpoint.exists():
-        start = read_back(checkpoint, lambda: load_checkpoint(checkpoint, trained, disc, (opt_unet, opt_disc)))
+    start, log = 0, []
+    if begun is not None:
+        start = load_or_fail(checkpoint, lambda: load_checkpoint(checkpoint, trained, disc, (opt_unet, opt_disc)))
         log = [row for row in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if row["step"] < start]
 
     if args.gradient_checkpointing:
@@ -362,8 +386,8 @@ def unlearn(args):
         with amp():
             return unet(xt, t, torch.stack([emb[p] for p in prompts])).sample.float()
 
-    # -- the training loop; asked to end (SIGTERM), it saves at the next tenth iteration, on all ranks at once
-    asked = []
+    # -- the training loop; on SIGTERM, it saves at the next tenth iteration, on all ranks at once, and exits
+    asked, conflicts = [], []
     before = signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
     bar = tqdm(range(start, steps), "unlearning", initial=start, total=steps, disable=rank > 0)
     for step in bar:
@@ -376,14 +400,15 @@ def unlearn(args):
         eps, eps_r, fresh = torch.randn(3, batch, *latents.shape[1:], generator=g)[:, mine].to(device)
         anchor_prompts, wordings = zip(*[pairs[k % len(pairs)] for k in i], strict=True)
         target_prompts = [w[step % len(w)] for w in wordings]
+        logging = (step + 1) % 10 == 0 or step + 1 == steps
 
-        # Eq. 9: what keeps the anchor (other pictures, other noise, the anchor prompt). First, so that its graph is gone early.
+        # Eq. 9: what keeps the anchor (other images, other noise, the anchor prompt). First, so that its graph is gone early.
         if train_unet and args.retain != "none":
             x_r = add_noise(latents[i_r], eps_r, alpha_bar[t_r].view(-1, 1, 1, 1))  # (B, 4, h, w)
             loss_r = F.mse_loss(predict(x_r, t_r, [pairs[k % len(pairs)][0] for k in i_r]), eps_r)
             g_r = flat_grad(loss_r, params)  # (n,)
 
-        # Eq. 1 and 5: on one noisy anchor picture, the original model predicts for the anchor, the trained one for the target
+        # Eq. 1 and 5: on one noisy anchor image, the original model predicts for the anchor, the trained one for the target
         a_t = alpha_bar[t].view(-1, 1, 1, 1)
         a_prev = torch.where(t < stride, 1.0, alpha_bar[(t - stride).clamp(min=0)]).view(-1, 1, 1, 1)  # no noise before 0
         xt = add_noise(latents[i], eps, a_t)  # (B, 4, h, w)
@@ -401,61 +426,94 @@ def unlearn(args):
             grad, stats = flat_grad(loss_u, params), {}  # (n,): G_u
             if args.retain != "none":
                 projected, stats = lambda_projection(grad, g_r, args.lam)  # Eq. 10
-                grad, conflicts = projected if args.retain == "cp" else grad + g_r, conflicts + stats["conflict"]
+                conflicts.append(stats["conflict"])
+            if args.retain == "l2":
+                grad = grad + g_r
+            elif args.retain == "cp" and args.project == "gradient":
+                grad = projected
+            watch = stats and (logging or args.project == "step")
+            old = flatten(params) if watch else None  # (n,)
             write_grad(params, grad)
             opt_unet.step()
             opt_unet.zero_grad()
+            # AdamW rescales the gradient entry by entry and adds momentum, so that the step need not be orthogonal to G_r even
+            # where G is. With --project step, Eq. 10 is applied to the step itself.
+            if watch:
+                move = old - flatten(params)  # (n,): minus the step; it has a gradient's sign
+                kept, of_step = lambda_projection(move, g_r, args.lam)  # Eq. 10
+                stats |= {"cos_step": of_step["cos"]}
+                if args.project == "step":
+                    unflatten(params, old - kept)
 
-        # Eq. 8, D's half: tell the anchor's views from the target's, as they were before the step above
+        # Eq. 8, D's half: distinguish the anchor's views from the target's, as they were before the step above
         loss_d = loss_discriminator(disc, view_anchor, view_target.detach())
         write_grad(disc.parameters(), flat_grad(loss_d, disc.parameters()))
         opt_disc.step()
 
-        # -- every tenth iteration: log, the only place that waits for the device
-        if (step + 1) % 10 == 0 or step + 1 == steps:
+        # -- every tenth iteration: log, of the whole batch
+        if logging:
             with torch.no_grad():
                 hits = (disc(view_anchor) > 0).float().mean() + (disc(view_target) < 0).float().mean()
-            log.append({"step": step, "loss_d": loss_d.item(), "disc_acc": hits.item() / 2})
+            row = {"loss_d": loss_d, "disc_acc": hits / 2}  # means over this rank's part of the batch, and then over the ranks
+            row |= {"loss_u": loss_u} if train_unet else {}
+            row |= {"loss_r": loss_r} if train_unet and stats else {}
+            means = torch.stack([v.detach() for v in row.values()])
+            if world > 1:
+                dist.all_reduce(means)
+            log.append({"step": step} | dict(zip(row, (means / world).tolist(), strict=True)))
             if train_unet:
-                log[-1] |= {"loss_u": loss_u.item(), "norm_g": grad.norm().item()} | {k: v.item() for k, v in stats.items()}
-                log[-1] |= {"loss_r": loss_r.item(), "conflict": float(conflicts) / 10} if stats else {}
-                conflicts = 0  # a share of the last ten
+                log[-1] |= {"norm_g": grad.norm().item()} | {k: v.item() for k, v in stats.items()}
+                log[-1] |= {"conflict": torch.stack(conflicts).mean().item()} if conflicts else {}
+                conflicts = []  # the fraction of the iterations since the last row
             bar.set_postfix({k: f"{log[-1][k]:.3f}" for k in ("loss_d", "disc_acc", "loss_u", "cos") if k in log[-1]})
             if not all(map(math.isfinite, log[-1].values())):
-                stop(f"not finite at iteration {step}: {log[-1]}; lower --lr and choose another --out")
+                fail(f"not finite at iteration {step}: {log[-1]}; lower --lr and choose another --out")
             end = torch.tensor(float(bool(asked)), device=device)
             if world > 1:
                 dist.all_reduce(end)
             if rank == 0:
-                save_whole(out / "log.jsonl", text="".join(json.dumps(row) + "\n" for row in log))
+                atomic_save(out / "log.jsonl", text="".join(json.dumps(row) + "\n" for row in log))
                 if end or (step + 1) % (10 * max(1, steps // 200)) == 0:
                     save_checkpoint(checkpoint, step + 1, trained, disc, (opt_unet, opt_disc))
             if end:
                 if world > 1:
                     dist.barrier()  # until the first has saved
-                stop(f"asked to end (SIGTERM) and saved after {step + 1} iterations; go on with --resume")
+                fail(f"asked to end (SIGTERM) and saved after {step + 1} iterations; continue with --resume")
     signal.signal(signal.SIGTERM, before)
 
-    # -- save: the trained tensors under their UNet names; plain diffusers loads them. What says that all is done, comes last
+    # -- save: the trained tensors under their UNet names; plain diffusers loads them
+    if rank == 0:
+        atomic_save(finished, trained, metadata={"format": "pt", "method": "doco", "base_model": args.model})
+        checkpoint.unlink(missing_ok=True)
+        print(f"\nload it with:\n{loading_lines(args, finished)}\n")
+        if args.save_pipeline:
+            save_pipeline(args, out)
+    return close(rank, world, out)
+
+
+def close(rank, world, out):
+    """Ends the process group; the run folder on rank 0, None elsewhere."""
     if world > 1:
         dist.destroy_process_group()
-    if rank > 0:
-        return None
-    if args.save_pipeline:
-        whole = load_pipeline(args.model)
-        whole.unet.load_state_dict(trained, strict=False)
-        save_whole(out / "pipeline", pipe=whole)
-    save_whole(finished, trained, metadata={"format": "pt", "method": "doco", "base_model": args.model})
-    checkpoint.unlink(missing_ok=True)
-    print(f"\nload it with:\n  pipe = StableDiffusionPipeline.from_pretrained({args.model!r})\n"
-          f"  pipe.unet.load_state_dict(safetensors.torch.load_file({str(finished)!r}), strict=False)\n"
-          f'  pipe("{args.target[0]}").images[0].show()\n')  # fmt: skip
-    return out
+    return out if rank == 0 else None
+
+
+def loading_lines(args, file):
+    """The lines of Python that load the result in plain diffusers and sample the target."""
+    return f"""
+import torch
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file
+
+pipe = StableDiffusionPipeline.from_pretrained({args.model!r}, dtype=torch.float32)
+pipe.unet.load_state_dict(load_file({str(file)!r}), strict=False)
+pipe({args.target[0]!r}).images[0].save("after.png")
+"""
 
 
 if __name__ == "__main__":
     args = parse_args()
-    if out := unlearn(args):  # before and after, by eval.py in a process of its own: it knows how to score, this file DoCo
-        command = [sys.executable, str(HERE / "eval.py"), "concept", "--before", args.model, "--after", str(out), "--seed",
-                   str(args.seed), "--concept-type", args.concept_type, "--target", *args.target, "--anchor", *args.anchor]
-        subprocess.run(command, env={k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"})
+    if out := unlearn(args):  # evaluated in a separate process: eval.py knows how, this file knows DoCo
+        size = ("--resolution", args.resolution) if args.resolution else ()
+        sys.exit(evaluate_run("concept", args.model, out, "--seed", args.seed, "--concept-type", args.concept_type, *size,
+                              "--target", *args.target, "--anchor", *args.anchor))  # fmt: skip

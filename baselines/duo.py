@@ -30,7 +30,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 from doco import swap  # noqa: E402
-from instance_unlearn import coefficients, denoise, load_pipeline, per_picture, read_exact, save_whole, stop, to_image  # noqa: E402
+from instance_unlearn import coefficients, denoise, load_pipeline, per_picture, read_exact, atomic_save, stop, to_image  # noqa: E402
 
 
 def parse_args(argv=None):
@@ -58,21 +58,21 @@ def unlearn(args):
     device = torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
     out = args.out or Path("runs") / ("duo-" + "-".join(f.stem for f in args.forget)[:80])
     if (out / "pipeline").exists():
-        stop(f"{out} already holds a run; choose another --out")
+        fail(f"{out} already holds a run; choose another --out")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as e:
-        stop(f"--out {out} cannot be written: {e.strerror}")
+        fail(f"--out {out} cannot be written: {e.strerror}")
     if args.surrogate and len(args.surrogate) != len(args.forget):
-        stop(f"{len(args.forget)} pictures but {len(args.surrogate)} surrogates; give one --surrogate each")
+        fail(f"{len(args.forget)} pictures but {len(args.surrogate)} surrogates; give one --surrogate each")
     pipe = load_pipeline(args.model, dtype=torch.float32).to(device)
     if type(pipe).__name__ != "DDPMPipeline" or pipe.scheduler.config.prediction_type != "epsilon":
-        stop(f"--model {args.model}: expected a DDPM that predicts epsilon")
+        fail(f"--model {args.model}: expected a DDPM that predicts epsilon")
     net, alpha_bar, size = pipe.unet.eval(), pipe.scheduler.alphas_cumprod.to(device), pipe.unet.config.sample_size
     recipe = dict(steps=240, batch_size=8, lr=1e-4) if size <= 64 else dict(steps=1000, batch_size=4, lr=6e-5)
     steps, batch, lr = (recipe[k] if (v := getattr(args, k)) is None else v for k in ("steps", "batch_size", "lr"))
     if steps < 1 or batch < 1:
-        stop(f"--steps {steps} --batch-size {batch}: expected at least 1 of each")
+        fail(f"--steps {steps} --batch-size {batch}: expected at least 1 of each")
     predict = lambda x, t: net(x, t).sample  # noqa: E731
 
     # -- the pairs: to forget, and preferred; the model's own edit noises the picture to t = 700 and draws it anew
@@ -113,13 +113,13 @@ def unlearn(args):
         optimizer.zero_grad()
         log.append(torch.stack([preference, prior]).detach())
     if not torch.stack(log).isfinite().all():
-        stop("the loss is not finite any more; lower --lr")
+        fail("the loss is not finite any more; lower --lr")
 
     # -- save: plain diffusers loads it
     rows = [dict(zip(("step", "loss_preference", "loss_prior"), (k, *v.tolist()), strict=True)) for k, v in enumerate(log)]
-    save_whole(out / "log.jsonl", text="".join(json.dumps(row) + "\n" for row in rows))
+    atomic_save(out / "log.jsonl", text="".join(json.dumps(row) + "\n" for row in rows))
     settings = vars(args) | {"steps": steps, "batch_size": batch, "lr": lr}
-    save_whole(out / "args.json", text=json.dumps({"settings": settings}, indent=1, default=str))
+    atomic_save(out / "args.json", text=json.dumps({"settings": settings}, indent=1, default=str))
     shutil.rmtree(temporary := out / "pipeline.tmp", ignore_errors=True)
     pipe.save_pretrained(temporary)
     os.replace(temporary, out / "pipeline")

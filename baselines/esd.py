@@ -30,7 +30,7 @@ from tqdm import tqdm
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from doco import TRAINED, load_pipeline, prompt_pairs, save_whole, stop  # noqa: E402
+from doco import TRAINED, load_pipeline, prompt_pairs, atomic_save, stop  # noqa: E402
 
 # The paper's settings: batch 1, 50 steps of DDIM; doco.py's updates and batch for toys like emoji/sd, and a larger rate
 PAPER = dict(steps=1000, batch_size=1, lr=1e-5, paths=100, guidance=3.0, sampling_steps=50)
@@ -75,18 +75,18 @@ def unlearn(args):
     prompts = [wording for _, wordings in prompt_pairs(args) for wording in wordings]
     out = args.out or Path("runs") / ("esd-" + re.sub(r"[^a-z0-9]+", "-", "-".join(args.target).lower()).strip("-"))
     if (out / "delta.safetensors").exists():
-        stop(f"{out} already holds a run; choose another --out")
+        fail(f"{out} already holds a run; choose another --out")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as e:
-        stop(f"--out {out} cannot be written: {e.strerror}")
+        fail(f"--out {out} cannot be written: {e.strerror}")
     pipe = load_pipeline(args.model, safety_checker=None, requires_safety_checker=False, dtype=torch.float32).to(device)
     unet, scale = pipe.unet.requires_grad_(False).eval(), pipe.vae_scale_factor
     budget = SMALL["steps"] * len(args.target) * (2 if args.concept_type == "style" else 1)  # doco.py's
     recipe = SMALL | {"steps": budget} if unet.config.sample_size < 32 else PAPER
     steps, batch, lr = (recipe[k] if (v := getattr(args, k)) is None else v for k in ("steps", "batch_size", "lr"))
     if steps < 1 or batch < 1:
-        stop(f"--steps {steps} --batch-size {batch}: expected at least 1 of each")
+        fail(f"--steps {steps} --batch-size {batch}: expected at least 1 of each")
     size = (args.resolution or unet.config.sample_size * scale) // scale  # side of a latent
     with torch.no_grad():
         emb = {text: pipe.encode_prompt(text, device, 1, False)[0][0] for text in ["", *prompts]}  # (77, D) each
@@ -117,13 +117,13 @@ def unlearn(args):
         optimizer.zero_grad()
         log.append(loss.detach())
     if not torch.stack(log).isfinite().all():
-        stop("the loss is not finite any more; lower --lr")
+        fail("the loss is not finite any more; lower --lr")
 
     # -- save: the trained tensors under their UNet names; plain diffusers loads them
-    save_whole(out / "log.jsonl", text="".join(json.dumps({"step": k, "loss": v.item()}) + "\n" for k, v in enumerate(log)))
+    atomic_save(out / "log.jsonl", text="".join(json.dumps({"step": k, "loss": v.item()}) + "\n" for k, v in enumerate(log)))
     settings = vars(args) | {"steps": steps, "batch_size": batch, "lr": lr, "resolution": size * scale}
-    save_whole(out / "args.json", text=json.dumps({"settings": settings}, indent=1, default=str))
-    save_whole(out / "delta.safetensors", trained, metadata={"format": "pt", "method": "esd", "base_model": args.model})
+    atomic_save(out / "args.json", text=json.dumps({"settings": settings}, indent=1, default=str))
+    atomic_save(out / "delta.safetensors", trained, metadata={"format": "pt", "method": "esd", "base_model": args.model})
     return out
 
 

@@ -31,7 +31,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 from gradsurgery import flat_grad, write_grad  # noqa: E402
-from instance_unlearn import coefficients, load_pipeline, read_any, read_exact, save_whole, stop  # noqa: E402
+from instance_unlearn import coefficients, load_pipeline, read_any, read_exact, atomic_save, stop  # noqa: E402
 
 
 def parse_args(argv=None):
@@ -77,25 +77,25 @@ def unlearn(args):
     device = torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
     out = args.out or Path("runs") / ("siss-" + "-".join(f.stem for f in args.forget)[:80])
     if args.steps < 1 or args.batch_size < 1:
-        stop(f"--steps {args.steps} --batch-size {args.batch_size}: expected at least 1 of each")
+        fail(f"--steps {args.steps} --batch-size {args.batch_size}: expected at least 1 of each")
     if (out / "pipeline").exists():
-        stop(f"{out} already holds a run; choose another --out")
+        fail(f"{out} already holds a run; choose another --out")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as e:
-        stop(f"--out {out} cannot be written: {e.strerror}")
+        fail(f"--out {out} cannot be written: {e.strerror}")
     if not 0 < args.lam < 1:
-        stop(f"--lam {args.lam}: expected a probability between 0 and 1")
+        fail(f"--lam {args.lam}: expected a probability between 0 and 1")
     pipe = load_pipeline(args.model, dtype=torch.float32).to(device)
     if type(pipe).__name__ != "DDPMPipeline" or pipe.scheduler.config.prediction_type != "epsilon":
-        stop(f"--model {args.model}: expected a DDPM that predicts epsilon")
+        fail(f"--model {args.model}: expected a DDPM that predicts epsilon")
     net, alpha_bar, size = pipe.unet.eval(), pipe.scheduler.alphas_cumprod.to(device), pipe.unet.config.sample_size
     x_f = [read_exact(f, size, "--forget").to(device) for f in args.forget]
     unwanted = [f.read_bytes() for f in args.forget]
     files = sorted(args.remember.rglob("*.png")) + sorted(args.remember.rglob("*.jpg"))
     files = [f for f in files if f.read_bytes() not in unwanted]
     if not files:
-        stop(f"--remember {args.remember}: no png or jpg files there")
+        fail(f"--remember {args.remember}: no png or jpg files there")
     lr, params = args.lr or (2.5e-5 if size <= 64 else 5e-6), list(net.parameters())
     optimizer, log = torch.optim.AdamW(params, lr=lr, betas=(0.95, 0.999), weight_decay=1e-6, fused=True), []
 
@@ -116,12 +116,12 @@ def unlearn(args):
         optimizer.step()
         log.append(torch.stack([loss_r, loss_f]).detach())
     if not torch.stack(log).isfinite().all():
-        stop("the loss is not finite any more; lower --lr")
+        fail("the loss is not finite any more; lower --lr")
 
     # -- save: plain diffusers loads it
     rows = [dict(zip(("step", "loss_r", "loss_f"), (k, *v.tolist()), strict=True)) for k, v in enumerate(log)]
-    save_whole(out / "log.jsonl", text="".join(json.dumps(row) + "\n" for row in rows))
-    save_whole(out / "args.json", text=json.dumps({"settings": vars(args) | {"lr": lr}}, indent=1, default=str))
+    atomic_save(out / "log.jsonl", text="".join(json.dumps(row) + "\n" for row in rows))
+    atomic_save(out / "args.json", text=json.dumps({"settings": vars(args) | {"lr": lr}}, indent=1, default=str))
     shutil.rmtree(temporary := out / "pipeline.tmp", ignore_errors=True)
     pipe.save_pretrained(temporary)
     os.replace(temporary, out / "pipeline")

@@ -41,7 +41,7 @@ from tqdm import tqdm
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from doco import load_pipeline, prompt_pairs, save_whole, stop  # noqa: E402
+from doco import load_pipeline, prompt_pairs, atomic_save, stop  # noqa: E402
 
 # The paper's settings; doco.py's updates and batch for toys like emoji/sd, and a larger rate
 PAPER = dict(steps=3000, batch_size=1, lr=1e-4, guidance=3.0, sampling_steps=30)
@@ -101,18 +101,18 @@ def unlearn(args):
     prompts = [wording for _, wordings in prompt_pairs(args) for wording in wordings]
     out = args.out or Path("runs") / ("spm-" + re.sub(r"[^a-z0-9]+", "-", "-".join(args.target).lower()).strip("-"))
     if (lora_file := out / "pytorch_lora_weights.safetensors").exists():
-        stop(f"{out} already holds a run; choose another --out")
+        fail(f"{out} already holds a run; choose another --out")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as e:
-        stop(f"--out {out} cannot be written: {e.strerror}")
+        fail(f"--out {out} cannot be written: {e.strerror}")
     pipe = load_pipeline(args.model, safety_checker=None, requires_safety_checker=False, dtype=torch.float32).to(device)
     unet, scale = pipe.unet.requires_grad_(False).eval(), pipe.vae_scale_factor
     budget = SMALL["steps"] * len(args.target) * (2 if args.concept_type == "style" else 1)  # doco.py's
     recipe = SMALL | {"steps": budget} if unet.config.sample_size < 32 else PAPER
     steps, batch, lr = (recipe[k] if (v := getattr(args, k)) is None else v for k in ("steps", "batch_size", "lr"))
     if steps < 1 or batch < 1:
-        stop(f"--steps {steps} --batch-size {batch}: expected at least 1 of each")
+        fail(f"--steps {steps} --batch-size {batch}: expected at least 1 of each")
     size = (args.resolution or unet.config.sample_size * scale) // scale  # side of a latent
     with torch.no_grad():
         emb = {text: pipe.encode_prompt(text, device, 1, False)[0][0] for text in ["", *prompts]}  # (77, D) each
@@ -147,12 +147,12 @@ def unlearn(args):
         optimizer.zero_grad()
         log.append(torch.stack([erase, anchoring]).detach())
     if not torch.stack(log).isfinite().all():
-        stop("the loss is not finite any more; lower --lr")
+        fail("the loss is not finite any more; lower --lr")
 
     rows = [dict(zip(("step", "loss_erase", "loss_anchoring"), (k, *v.tolist()), strict=True)) for k, v in enumerate(log)]
-    save_whole(out / "log.jsonl", text="".join(json.dumps(row) + "\n" for row in rows))
+    atomic_save(out / "log.jsonl", text="".join(json.dumps(row) + "\n" for row in rows))
     settings = vars(args) | {"steps": steps, "batch_size": batch, "lr": lr, "resolution": size * scale}
-    save_whole(out / "args.json", text=json.dumps({"method": "spm", "settings": settings}, indent=1, default=str))
+    atomic_save(out / "args.json", text=json.dumps({"method": "spm", "settings": settings}, indent=1, default=str))
     layers = get_peft_model_state_dict(unet)
     StableDiffusionPipeline.save_lora_weights(out, weight_name=f"{lora_file.name}.tmp", unet_lora_layers=layers)
     os.replace(f"{lora_file}.tmp", lora_file)

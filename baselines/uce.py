@@ -25,7 +25,7 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from doco import TRAINED, load_pipeline, prompt_pairs, save_whole, stop  # noqa: E402
+from doco import TRAINED, load_pipeline, prompt_pairs, atomic_save, stop  # noqa: E402
 
 
 def parse_args(argv=None):
@@ -71,11 +71,11 @@ def unlearn(args):
     pairs = prompt_pairs(args)
     out = args.out or Path("runs") / ("uce-" + re.sub(r"[^a-z0-9]+", "-", "-".join(args.target).lower()).strip("-"))
     if (out / "delta.safetensors").exists():
-        stop(f"{out} already holds a run; choose another --out")
+        fail(f"{out} already holds a run; choose another --out")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as e:
-        stop(f"--out {out} cannot be written: {e.strerror}")
+        fail(f"--out {out} cannot be written: {e.strerror}")
     pipe = load_pipeline(args.model, safety_checker=None, requires_safety_checker=False, dtype=torch.float32).to(device)
     erase, guide = [], []
     for anchor, wordings in pairs:
@@ -91,8 +91,8 @@ def unlearn(args):
     weights = {n: p for n, p in pipe.unet.named_parameters() if re.search(TRAINED["kv"], n)}
     edited = {n: edit(p.data, *vectors, *scales).float() for n, p in weights.items()}
 
-    save_whole(out / "args.json", text=json.dumps({"settings": vars(args) | {"lamb": lamb}}, indent=1, default=str))
-    save_whole(out / "delta.safetensors", edited, metadata={"format": "pt", "method": "uce", "base_model": args.model})
+    atomic_save(out / "args.json", text=json.dumps({"settings": vars(args) | {"lamb": lamb}}, indent=1, default=str))
+    atomic_save(out / "delta.safetensors", edited, metadata={"format": "pt", "method": "uce", "base_model": args.model})
     return out
 
 
