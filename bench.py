@@ -107,6 +107,7 @@ def assemble(arch, safety=True):
     if arch == "sd-v1-4":
         scheduler = PNDMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True,
                                   steps_offset=1)  # fmt: skip
+        scheduler.register_to_config(clip_sample=False)  # as in the hub's folder
         checker = StableDiffusionSafetyChecker(CLIPConfig(
             projection_dim=768, vision_config=dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24,
                                                    num_attention_heads=16, patch_size=14))) if safety else None  # fmt: skip

@@ -249,6 +249,9 @@ def load_pipeline(model, families=FAMILIES, safety_checker=False, **kwargs):
             absent = {part: None for part, source in index.items() if source in ([None, None], (None, None))}
             if family is StableDiffusionPipeline and not safety_checker:
                 absent |= dict(safety_checker=None, requires_safety_checker=False)
+            if "text_encoder_3" in index.keys() - absent.keys() and isinstance(kwargs.get("dtype"), torch.dtype):
+                # T5 has 4.8 billion weights, 19 GB in float32; float16 overflows in it.
+                kwargs["dtype"] = {"default": kwargs["dtype"], "text_encoder_3": torch.bfloat16}
             return family.from_pretrained(model, variant=variant, use_safetensors=True, **absent, **kwargs)
         except Exception as e:
             errors.append(first_line(e))

@@ -28,41 +28,51 @@ import json
 import math
 import os
 import re
-import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import diffusers
 import torch
 import torch.distributed as dist
-from diffusers import DDIMScheduler, DDPMPipeline, DiffusionPipeline, StableDiffusion3Pipeline, StableDiffusionPipeline
+from diffusers import DDIMScheduler, DDPMPipeline
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
-from PIL import Image
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from PIL import Image, ImageOps
+from safetensors import safe_open
+from safetensors.torch import load_file
 from tqdm import tqdm
 
+from common import (
+    REPO,
+    agree,
+    atomic_save,
+    evaluate_run,
+    fail,
+    fingerprint,
+    fingerprint_files,
+    git_commit,
+    is_embedded,
+    load_or_fail,
+    load_pipeline,
+    lock_run_dir,
+    make_run_dir,
+    read_cache,
+    run_name,
+)
 from gradsurgery import flat_grad, forget_only, pcgrad, write_grad
 
-try:
-    import fcntl
-except ImportError:  # Windows, where two runs in one folder go unnoticed
-    fcntl = None
+PICTURE = REPO / "emoji/creatures/twemoji-cowboy-hat-face.png"  # what the first command forgets
+ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
 
-HERE = Path(__file__).resolve().parent
-PICTURE = HERE / "emoji/creatures/twemoji-cowboy-hat-face.png"  # what the first command forgets
-
-FAMILIES = {c.__name__: c for c in (DDPMPipeline, StableDiffusionPipeline, StableDiffusion3Pipeline)}
 # The paper's settings: a DDPM is trained whole, Stable Diffusion by LoRA. Rank, guidance and sampling steps are not in it.
 PAPER = {"ddpm": dict(steps=240, lr=5e-6, beta=5e-5, sampling_steps=50),
          "lora": dict(steps=100, lr=1e-5, beta=2e-4, guidance=7.0, sampling_steps=28)}  # fmt: skip
-# For toys like emoji/ddpm and emoji/sd3 (64 pixels, latents of 16x16 or less): larger rates, falling to 0 for each picture.
-SMALL = {"ddpm": dict(steps=240, lr=6e-5, beta=5e-5, sampling_steps=50, decay=True),
-         "lora": dict(steps=100, lr=1e-3, beta=2e-4, guidance=4.0, sampling_steps=15, decay=True)}  # fmt: skip
+# For small models like emoji/ddpm and emoji/sd3 (64 pixels, latents of 16x16 or less): larger rates, falling to 0 for each
+# picture, and timesteps spread over each batch. Neither remedy is in the paper; the baselines can have both.
+SMALL = {"ddpm": dict(steps=240, lr=6e-5, beta=5e-5, sampling_steps=50),
+         "lora": dict(steps=100, lr=1e-3, beta=2e-4, guidance=4.0, sampling_steps=15)}  # fmt: skip
 LORA = {"StableDiffusionPipeline": ["to_k", "to_q", "to_v", "to_out.0"],
         "StableDiffusion3Pipeline": [f"attn.{n}" for n in ("add_k_proj", "add_q_proj", "add_v_proj", "to_add_out", "to_k",
                                                            "to_out.0", "to_q", "to_v")]}  # fmt: skip
@@ -70,17 +80,22 @@ LORA = {"StableDiffusionPipeline": ["to_k", "to_q", "to_v", "to_out.0"],
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--model", default=str(HERE / "emoji/ddpm"), help="DDPM, Stable Diffusion 1.x/2.x or 3: folder or hub id")
+    p.add_argument("--model", default=str(REPO / "emoji/ddpm"), help="DDPM, Stable Diffusion 1.x/2.x or 3: folder or hub id")
     p.add_argument("--forget", nargs="+", type=Path, metavar="FILE", help="picture to forget; several: one after another")
     p.add_argument("--prompt", help="the prompt that draws it (Stable Diffusion; default: the empty one)")
     p.add_argument("--surrogate", nargs="+", default=["sdedit"], metavar="FILE|KIND", help="one for all or one each: "
                    "an edited file, sdedit:STRENGTH, flip, noise:SIGMA (of 255), random")  # fmt: skip
     p.add_argument("--surrogate-prompt", help="prompt of sdedit (default: --prompt)")
-    p.add_argument("--remember", help="folder of pictures, or generate:N (default: emoji/creatures, or generate:100)")
+    p.add_argument("--remember", help="folder of pictures, or generate:N "
+                   "(default: generate:100; emoji/ddpm: emoji/creatures)")  # fmt: skip
     p.add_argument("--resolution", type=int, help="pixels of a side (default: the model's own)")
     p.add_argument("--steps", type=int, help="updates per picture to forget")
     p.add_argument("--batch-size", type=int, default=8, help="remember pictures per update, over all processes")
-    p.add_argument("--lr", type=float)
+    p.add_argument("--lr", type=float, help="learning rate (default: the paper's 5e-6, LoRA 1e-5; small models 6e-5, 1e-3)")
+    p.add_argument("--lr-scheduler", choices=("constant", "linear"), help="linear: falls to 0 for each picture "
+                   "(default: constant, as in the paper; small models: linear)")  # fmt: skip
+    p.add_argument("--timestep-sampling", choices=("uniform", "stratified"), help="timesteps of a batch: independent, "
+                   "or one from each n-th of their range (default: uniform, as in the paper; small models: stratified)")  # fmt: skip
     p.add_argument("--beta", type=float, help="Eq. 12: lambda(t) = 1 - beta t, t from 0 to 1000")
     p.add_argument("--constant-lambda", type=float, help="Table III: the same lambda at every t, in place of --beta")
     p.add_argument("--surgery", choices=("none", "forget", "both"), default="forget", help="Table IV: what is projected")
@@ -106,14 +121,16 @@ def coefficients(t, alpha_bar):
     return a.view(-1, 1, 1, 1), b.view(-1, 1, 1, 1)
 
 
-def draw_times(n, shift, generator):
-    """n timesteps (n,), one from each n-th of their distribution: the same on average as independent draws, with less noise.
+def draw_times(n, shift, generator, stratified=True):
+    """n timesteps (n,): independent draws, as in Algorithm 1, or one from each n-th of their distribution (stratified).
 
-    The spreading is not in Algorithm 1. Uniform on 0..999 where shift is None, as there. Flow matching: logit-normal and
-    shifted towards noise, in [1, 1000], as Stable Diffusion 3 was trained (Esser et al. 2024), for the velocity to the
-    surrogate grows as 1 / s: with uniform times, a draw near s = 0 drowns all others.
+    Stratified draws are the same on average, with less noise. Uniform on 0..999 where shift is None, as in Algorithm 1. Flow
+    matching: logit-normal and shifted towards noise, in [1, 1000], as Stable Diffusion 3 was trained (Esser et al. 2024), for
+    the velocity to the surrogate grows as 1 / s: with uniform times, a draw near s = 0 drowns all others.
     """
-    u = (torch.arange(n) + torch.rand(n, generator=generator)) / n
+    u = torch.rand(n, generator=generator)
+    if stratified:
+        u = (torch.arange(n) + u) / n
     if shift is None:
         return (1000 * u).long().clamp(max=999)  # rounding may lift u to 1
     s = torch.special.ndtri(u).sigmoid()
@@ -161,13 +178,15 @@ def denoise(predict, x, times, kind, alpha_bar, clip):
     return x
 
 
-def leave_out(pool, x_f):
+def leave_out(pool, x_f, reference):
     """What the model drew, (n, C, h, w), without what shows a picture to forget, x_f (K, C, h, w): that must not be remembered.
 
-    It goes by distance, under 0.6 of the median: draws of one picture lie close together, other pictures far away.
+    It goes by distance, under 0.6 of the upper quartile of the distances to reference, (m, C, h, w). These are other samples of
+    the model, from the empty prompt where it takes prompts: a threshold from the pool itself would fall with every copy in it.
     """
+    usual = torch.cdist(reference.flatten(1), x_f.flatten(1)).quantile(0.75, dim=0)  # (K,)
     distance = torch.cdist(pool.flatten(1), x_f.flatten(1))  # (n, K)
-    return pool[(distance >= 0.6 * distance.median(0).values).all(1)]
+    return pool[(distance >= 0.6 * usual).all(1)]
 
 
 # ---- 2. pictures ------------------------------------------------------------------------------------------------
@@ -185,14 +204,30 @@ def to_image(x):
     return Image.frombytes("RGB", (x.shape[1], x.shape[0]), bytes(x.flatten().tolist()))
 
 
-def open_image(path, flag):
-    """PIL picture, loaded. Missing, truncated, no picture at all: PIL raises half a dozen types, the user sees one line."""
+def open_image(path, flag, about=None):
+    """PIL picture, upright and loaded; one line where it is missing, truncated or no picture: PIL raises half a dozen types.
+
+    about: where a small version is enough, its side; a large JPEG is then decoded at an eighth of its size, which is faster.
+    """
     try:
         with Image.open(path) as image:
+            if about:
+                image.draft("RGB", (about, about))
             image.load()
-        return image
+            return ImageOps.exif_transpose(image)  # a camera held on its side says so here alone
     except Exception as e:
         fail(f"{flag} {path} cannot be read: {e}")
+
+
+def to_rgb(image):
+    """Any PIL picture in 8-bit RGB: transparency on white, 16-bit grey scaled to 8 (PIL alone gives black and white)."""
+    if image.mode.startswith("I"):
+        image = image.convert("I").point(lambda v: v * (1 / 257)).convert("L")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")
 
 
 def read_exact(path, size, flag):
@@ -205,16 +240,46 @@ def read_exact(path, size, flag):
     return to_tensor(image)
 
 
-def read_any(path, size):
-    """A picture to remember, (3, size, size): the middle square, resized. Data sets come in all sizes."""
-    image = open_image(path, "--remember").convert("RGB")
+def read_any(path, size, flag="--remember", about=None):
+    """A picture to remember, (3, size, size): the middle square, resized. Data sets come in all sizes and modes."""
+    image = to_rgb(open_image(path, flag, about))
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     square = image.crop((left, top, left + side, top + side))
     return to_tensor(square if side == size else square.resize((size, size), Image.LANCZOS))
 
 
-# ---- 3. plumbing: errors, files ---------------------------------------------------------------------------------
+def list_images(folder):
+    """The png, jpg and webp files below a folder, sorted; an empty list where there is no such folder."""
+    return sorted(f for f in Path(folder).rglob("*") if f.suffix.lower() in ENDINGS)
+
+
+def without_forgotten(files, forget, size):
+    """The files that show none of the pictures to forget (K, 3, size, size), whatever their format and resolution.
+
+    Two pictures are the same where their pixels differ by 0.055 or less of [-1, 1], root mean square: another resampling filter
+    or a JPEG of quality 75 stays below that, and of all pairs of different emoji the nearest is at 0.061. Thumbnails of 16x16
+    decide for nearly all; 30,000 pictures of 256x256 take a minute or two.
+    """
+    small = torch.nn.functional.interpolate(forget, (16, 16), mode="area")
+    distance = lambda x, y: (x - y).square().mean((1, 2, 3)).sqrt().min()  # noqa: E731, root mean square to the nearest
+    kept = []
+    for f in tqdm(files, "comparing with --forget", disable=len(files) < 1000):
+        near = distance(read_any(f, 16, about=64), small) < 0.15
+        if not (near and distance(read_any(f, size), forget) <= 0.055):
+            kept.append(f)
+    return kept
+
+
+# ---- 3. checkpoints -----------------------------------------------------------------------------------------------
+
+
+def checkpoint_step(path):
+    """The number of updates that a checkpoint holds, or None where there is no checkpoint."""
+    if not path.exists():
+        return None
+    with safe_open(path, "pt") as f:
+        return int(f.metadata()["step"])
 
 
 def save_checkpoint(path, step, trained, optimizer):
@@ -234,8 +299,28 @@ def load_checkpoint(path, trained, optimizer):
         _, i, moment = name.split("/")
         state.setdefault(int(i), {})[moment] = t
     optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
-    with safe_open(path, "pt") as f:
-        return int(f.metadata()["step"])
+    return checkpoint_step(path)
+
+
+def draw_pool(draw, n, shape, device, first_seed, label, rank=0, world=1):
+    """n samples of the model, (n, *shape), each from its own seed, whatever the number of ranks, which share the work."""
+    pool = torch.zeros(n, *shape, device=device)
+    chunks = [range(i, min(i + 16, n)) for i in range(0, n, 16)]
+    for chunk in tqdm(chunks[rank::world], label, disable=rank > 0):
+        noise = [torch.randn(shape, generator=torch.Generator().manual_seed(first_seed + j)) for j in chunk]
+        pool[list(chunk)] = draw(torch.stack(noise).to(device))
+    if world > 1:
+        dist.all_reduce(pool)  # each rank has filled its own rows
+    return pool
+
+
+def save_pipeline(args, out, lora):
+    """OUT/pipeline: the whole model with the LoRA fused into it, for tools that take folders. After the LoRA is saved."""
+    pipe = load_pipeline(args.model, safety_checker=True, dtype=torch.float32)
+    pipe.load_lora_weights(lora)
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    atomic_save(out / "pipeline", pipe=pipe)
 
 
 # ---- 4. the run ---------------------------------------------------------------------------------------------------
@@ -254,27 +339,25 @@ def unlearn(args):
 
     # -- check what can be checked before anything is loaded
     if args.forget is None:
-        if Path(args.model).resolve() != HERE / "emoji/ddpm":
+        if Path(args.model).resolve() != REPO / "emoji/ddpm":
             fail("--forget is missing: which picture?")
         args.forget = [PICTURE]
     surrogates = args.surrogate * len(args.forget) if len(args.surrogate) == 1 else args.surrogate
     if len(surrogates) != len(args.forget):
         fail(f"{len(args.forget)} pictures but {len(surrogates)} surrogates; give one --surrogate for all, or one each")
     kinds = [re.fullmatch(r"(sdedit|noise)(?::(\d*\.?\d+))?|(flip|random)", s) for s in surrogates]
-    out = args.out or Path("runs") / ("instance-" + "-".join(f.stem for f in args.forget)[:80])
+    out = args.out or Path("runs") / run_name("instance", [f.stem for f in args.forget])
     log_file, checkpoint = out / "log.jsonl", out / "checkpoint.safetensors"
     lora_file, pipeline = out / "pytorch_lora_weights.safetensors", out / "pipeline"
     if (pipeline.exists() or lora_file.exists() or checkpoint.exists()) and not args.resume:
         fail(f"{out} already holds a run; choose another --out, or --resume one that was stopped")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        log_file.touch()
-    except OSError as e:
-        fail(f"--out {out} cannot be written: {e.strerror}")
+    make_run_dir(out)
+    begun = load_or_fail(checkpoint, lambda: checkpoint_step(checkpoint))
+    agree({f.name: f.exists() for f in (pipeline, lora_file)} | {checkpoint.name: begun}, out)
     lock = lock_run_dir(out) if rank == 0 else None  # noqa: F841, until this function returns
 
     # -- the model, and the recipe for its size
-    pipe = load_pipeline(args.model, dtype=torch.float32).to(device)
+    pipe = load_pipeline(args.model, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     family, ddpm = type(pipe).__name__, isinstance(pipe, DDPMPipeline)
     net = (pipe.transformer if family == "StableDiffusion3Pipeline" else pipe.unet).requires_grad_(False).eval()
@@ -282,6 +365,7 @@ def unlearn(args):
     shift = pipe.scheduler.config.shift if flow else None
     kind = "flow" if flow else pipe.scheduler.config.prediction_type
     alpha_bar = None if flow else pipe.scheduler.alphas_cumprod.to(device)  # (1000,)
+    finished = pipeline if ddpm else lora_file
     if kind not in ("flow", "epsilon", "v_prediction"):
         fail(f"--model {args.model} predicts {kind}; expected epsilon, v_prediction or flow matching")
     if ddpm and (args.prompt or args.surrogate_prompt):
@@ -291,9 +375,11 @@ def unlearn(args):
     small = net.config.sample_size <= 64 if ddpm else net.config.sample_size < 32
     recipe = (SMALL if small else PAPER)["ddpm" if ddpm else "lora"]
     size = args.resolution or net.config.sample_size * scale
-    args.remember = args.remember or (str(HERE / "emoji/creatures") if small and ddpm else "generate:100")
+    if args.remember is None:
+        args.remember = str(REPO / "emoji/creatures") if is_embedded(args.model) and ddpm else "generate:100"
     steps, lr, beta = (recipe[k] if (v := getattr(args, k)) is None else v for k in ("steps", "lr", "beta"))
-    decay, batch = recipe.get("decay", False), args.batch_size
+    scheduler = args.lr_scheduler or ("linear" if small else "constant")
+    sampling, batch = args.timestep_sampling or ("stratified" if small else "uniform"), args.batch_size
     if batch < 1 or batch % world:
         fail(f"--batch-size {batch} cannot be split over {world} processes; take a positive multiple of {world}")
     if not lr > 0 or args.rank < 1:
@@ -302,21 +388,11 @@ def unlearn(args):
         fail(f"--steps {steps} --beta {beta:g} --constant-lambda {args.constant_lambda}: expected steps > 0, lambda in [0, 1]")
     if size % scale:
         fail(f"--resolution {size} is no multiple of {scale}, as this model needs")
-    settings = vars(args) | {"steps": steps, "lr": lr, "beta": beta, "resolution": size, "surrogate": surrogates}
-    free = ("resume", "out", "save_pipeline", "gradient_checkpointing")  # may change when a run is resumed
-    settings = {k: [str(x) for x in v] if isinstance(v, list) else v for k, v in settings.items() if k not in free}
-    if (out / "args.json").exists() and (then := json.loads((out / "args.json").read_text())["settings"]) != settings:
-        changed = ", ".join(k for k in settings if settings[k] != then.get(k))
-        fail(f"{out} was begun with other settings ({changed}); repeat them or choose another --out")
-    if (pipeline if ddpm else lora_file).exists():
-        return out if rank == 0 else None  # it was stopped while it was scored
-    if rank == 0:
-        weight = f"beta {beta:g}" if args.constant_lambda is None else f"lambda {args.constant_lambda:g}"
-        print(f"{'small-model' if small else 'paper'} recipe for {family}: {steps} updates a picture, batch {batch}, "
-              f"lr {lr:g}{' falling to 0' * decay}, {weight}, surgery {args.surgery}")
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True).stdout.strip()
-        about = {"torch": torch.__version__, "diffusers": diffusers.__version__, "commit": commit, "processes": world}
-        atomic_save(out / "args.json", text=json.dumps(about | {"settings": settings}, indent=1))
+    generated = re.fullmatch(r"generate:(\d+)", args.remember)
+    files = [] if generated else list_images(args.remember)
+    if not (int(generated[1]) if generated else files):
+        fail(f"--remember {args.remember}: no pictures there; expected a folder of png, jpg or webp files, or generate:N")
+    pixels_f = torch.stack([read_exact(f, size, "--forget") for f in args.forget])  # (K, 3, size, size) in [-1, 1]
 
     # -- what the network is given beside x_t and t, and what it answers
     @torch.no_grad()
@@ -332,12 +408,47 @@ def unlearn(args):
         with amp():
             return net(xt, timestep=t, **{k: v.expand(len(xt), *v.shape[1:]) for k, v in cond.items()}).sample.float()
 
+    # Text first: Stable Diffusion 3's T5 alone is larger than the transformer. It is loaded in bfloat16, and gone before the
+    # network comes to the device.
+    encoders = [name for name in ("text_encoder", "text_encoder_2", "text_encoder_3") if getattr(pipe, name, None) is not None]
+    for name in encoders:
+        getattr(pipe, name).to(device)
     cond, null = condition(args.prompt or ""), condition("")
     edit = condition(args.surrogate_prompt or args.prompt or "")
+    for name in encoders:
+        setattr(pipe, name, None)
+    pipe.to(device)
 
-    scheduler = pipe.scheduler if flow else DDIMScheduler.from_config(pipe.scheduler.config, steps_offset=1)
-    scheduler.set_timesteps(recipe["sampling_steps"])
-    times = scheduler.timesteps.to(device)  # falling from about 1000, where all is noise
+    # -- a run may go on with the settings that it began with, and with the same contents of what its flags name
+    resolved = {"steps": steps, "lr": lr, "beta": beta, "resolution": size, "surrogate": surrogates, "lr_scheduler": scheduler,
+                "timestep_sampling": sampling}  # fmt: skip
+    resumable = ("resume", "out", "save_pipeline", "gradient_checkpointing")  # these may change
+    settings = {k: [str(x) for x in v] if isinstance(v, list) else v for k, v in (vars(args) | resolved).items()
+                if k not in resumable}  # fmt: skip
+    settings["contents of --model"] = fingerprint(net, cond, null, edit, alpha_bar, recipe)
+    settings["contents of --forget"] = fingerprint(*args.forget)
+    settings["contents of --surrogate"] = fingerprint(*(Path(s) for s, k in zip(surrogates, kinds, strict=True)
+                                                        if k is None and Path(s).is_file()))  # fmt: skip
+    settings["contents of --remember"] = fingerprint_files(files)
+    record = out / "args.json"
+    if (begun is not None or finished.exists()) and record.exists():
+        then = load_or_fail(record, lambda: json.loads(record.read_text())["settings"])
+        if changed := [k for k in settings if settings[k] != then.get(k)]:
+            fail(f"{out} was begun with other settings ({', '.join(changed)}); repeat them or choose another --out")
+    if finished.exists():  # training had finished; its evaluation, or the writing of its pipeline, was interrupted
+        if rank == 0 and args.save_pipeline and not pipeline.exists():
+            save_pipeline(args, out, load_file(lora_file))
+        return close(rank, world, out)
+    if rank == 0:
+        weight = f"beta {beta:g}" if args.constant_lambda is None else f"lambda {args.constant_lambda:g}"
+        print(f"{'small-model' if small else 'paper'} recipe for {family}: {steps} updates a picture, batch {batch}, "
+              f"lr {lr:g} {scheduler}, {sampling} timesteps, {weight}, surgery {args.surgery}")
+        about = {"torch": torch.__version__, "diffusers": diffusers.__version__, "commit": git_commit(), "processes": world}
+        atomic_save(record, text=json.dumps(about | {"settings": settings}, indent=1))
+
+    sampler = pipe.scheduler if flow else DDIMScheduler.from_config(pipe.scheduler.config, steps_offset=1, clip_sample=ddpm)
+    sampler.set_timesteps(recipe["sampling_steps"])
+    times = sampler.timesteps.to(device)  # falling from about 1000, where all is noise
 
     @torch.no_grad()
     def draw(x, times, cond):  # (B, C, H, W), as noisy as times[0] -> pictures or latents of the same shape
@@ -361,36 +472,35 @@ def unlearn(args):
         return pipe.vae.decode(z / pipe.vae.config.scaling_factor + (pipe.vae.config.shift_factor or 0)).sample
 
     # -- x^f: the pictures to forget
-    x_f = encode(torch.stack([read_exact(f, size, "--forget") for f in args.forget]))  # (K, C, h, w)
+    x_f = encode(pixels_f)  # (K, C, h, w)
 
     # -- x^r: the pictures to remember, from a folder (less those to forget) or drawn by the model, the ranks sharing the work
-    if made := re.fullmatch(r"generate:(\d+)", args.remember):
-        n_remember, cache = int(made[1]), out / "remember.safetensors"
-        if cache.exists():
-            pool = load_or_fail(cache, lambda: load_file(cache)["remember"]).to(device)
-        else:
-            pool = torch.zeros(n_remember, *x_f.shape[1:], device=device)
-            parts = [range(i, min(i + 16, n_remember)) for i in range(0, n_remember, 16)]  # for any number of ranks
-            for part in tqdm(parts[rank::world], f"{n_remember} pictures to remember", disable=rank > 0):
-                g = [torch.Generator().manual_seed(args.seed * 1_000_003 + j) for j in part]
-                noise = torch.stack([torch.randn(x_f.shape[1:], generator=h) for h in g]).to(device)
-                pool[list(part)] = draw(noise, times, cond)
-            if world > 1:
-                dist.all_reduce(pool)  # each rank has filled its own rows
+    if generated:
+        n = int(generated[1])
+        cache, key = out / "remember.safetensors", fingerprint(settings["contents of --model"], args.seed, n, x_f.shape)
+        pool = read_cache(cache, "remember", key, rank, world)
+        if pool is None:
+            share = (x_f.shape[1:], device, args.seed * 1_000_003)
+            pool = draw_pool(lambda x: draw(x, times, cond), n, *share, f"{n} pictures to remember", rank, world)
+            if not ddpm:  # 16 more, of no prompt, to which leave_out compares
+                seed, label = share[2] + 800_000, "16 of no prompt"
+                none = draw_pool(lambda x: draw(x, times, null), 16, *share[:2], seed, label, rank, world)
+                pool = torch.cat([pool, none])
             if rank == 0:
-                atomic_save(cache, {"remember": pool})
-        pool = leave_out(pool, x_f) if n_remember else pool
-        if rank == 0 and len(pool) < n_remember:
-            print(f"{n_remember - len(pool)} of {n_remember} show a picture to forget and are left out")
+                atomic_save(cache, {"remember": pool}, metadata={"key": key})
+        pool = pool.to(device)
+        pool = leave_out(pool[:n], x_f, pool if ddpm else pool[n:])
         n_remember = len(pool)
+        if rank == 0 and n_remember < n:
+            print(f"{n - n_remember} of {n} show a picture to forget and are left out")
+        if n_remember < n / 2 and rank == 0:
+            print(f"warning: most of what the model draws shows a picture to forget; {n_remember} are left to remember, more "
+                  f"would be better: --remember generate:{4 * n} or a folder", file=sys.stderr)  # fmt: skip
     else:
-        endings = (".png", ".jpg", ".jpeg", ".webp")
-        unwanted = {f.stat().st_size: [g.read_bytes() for g in args.forget] for f in args.forget}
-        files = sorted(f for f in Path(args.remember).rglob("*") if f.suffix.lower() in endings)
-        files = [f for f in files if (n := f.stat().st_size) not in unwanted or f.read_bytes() not in unwanted[n]]
-        n_remember, pool = len(files), None
+        files, pool = without_forgotten(files, pixels_f, size), None
+        n_remember = len(files)
     if n_remember < 1:
-        fail(f"--remember {args.remember}: no pictures there; expected a folder of png, jpg or webp files, or generate:N")
+        fail(f"--remember {args.remember}: every picture there shows one to forget; expected a folder that has others")
 
     def remember(indices):  # a batch (B, C, h, w); files are read when needed: a data set may be larger than the memory
         if pool is not None:
@@ -410,7 +520,7 @@ def unlearn(args):
             below = times[times <= 1000 * strength]
             a, b = coefficients(below[:1], alpha_bar)
             x = draw(a * x + b * torch.randn(x.shape, generator=g).to(device), below, edit)
-        elif kind_of[1] == "noise":  # Table V: sigma 50 or 150 of 255
+        elif kind_of[1] == "noise":  # Table V: sigma 50 or 150 of 255, not clipped to what a file could hold
             pixels = decode(x)
             x = encode(pixels + float(kind_of[2] or 150) / 127.5 * torch.randn(pixels.shape, generator=g).to(device))
         elif kind_of[3] == "flip":
@@ -438,7 +548,7 @@ def unlearn(args):
         net.compile()
     optimizer = torch.optim.AdamW(params, lr=lr, weight_decay=0, fused=True)
     start, log, recent = 0, [], []
-    if checkpoint.exists():
+    if begun is not None:
         start = load_or_fail(checkpoint, lambda: load_checkpoint(checkpoint, trained, optimizer))
         log = [row for row in map(json.loads, log_file.read_text().splitlines()) if row["step"] < start]
 
@@ -453,7 +563,7 @@ def unlearn(args):
         k, g = step // steps, torch.Generator().manual_seed(args.seed * 1_000_003 + 100_000 + step)
         mine = slice(rank * batch // world, (rank + 1) * batch // world)
         i_r, i_s = torch.randint(n_remember, (2, batch), generator=g)[:, mine].tolist()
-        t = draw_times(batch, shift, g)[mine].to(device)
+        t = draw_times(batch, shift, g, sampling == "stratified")[mine].to(device)
         eps = torch.randn(batch, *x_f.shape[1:], generator=g)[mine].to(device)
         a, b = coefficients(t, alpha_bar)
         lam = lambda_t(t, beta, args.constant_lambda)  # (B,)
@@ -477,7 +587,7 @@ def unlearn(args):
         # Eq. 13 and line 21
         grad, stats = SURGERY[args.surgery](g_f, g_r)
         write_grad(params, grad)
-        if decay:  # not in Algorithm 1: at a constant rate, the gradient's noise alone moves a small model far
+        if scheduler == "linear":  # not in Algorithm 1: at a constant rate, the gradient's noise alone moves a small model far
             optimizer.param_groups[0]["lr"] = lr * (1 - step % steps / steps)
         optimizer.step()
 
@@ -507,33 +617,50 @@ def unlearn(args):
                 fail(f"asked to end (SIGTERM) and saved after {step + 1} updates; go on with --resume")
     signal.signal(signal.SIGTERM, before)
 
-    # -- save: plain diffusers loads it. What says that all is done, comes last
+    # -- save: plain diffusers loads it
+    if rank == 0:
+        if ddpm:
+            atomic_save(pipeline, pipe=pipe)
+        else:
+            lora = {f"{'transformer' if flow else 'unet'}.{n}": p for n, p in get_peft_model_state_dict(net).items()}
+            atomic_save(lora_file, lora, metadata={"format": "pt"})
+        checkpoint.unlink(missing_ok=True)
+        print(f"\nload it with:\n{loading_lines(args, family, out, absent)}\n")
+        if args.save_pipeline and not ddpm:
+            save_pipeline(args, out, load_file(lora_file))
+    return close(rank, world, out)
+
+
+def close(rank, world, out):
+    """Ends the process group; the run folder on rank 0, None elsewhere."""
     if world > 1:
         dist.destroy_process_group()
-    if rank > 0:
-        return None
-    if ddpm:
-        atomic_save(pipeline, pipe=pipe)
-        print(f"\nload it with:\n  pipe = DDPMPipeline.from_pretrained({str(pipeline)!r})\n")
-    else:
-        lora = {f"{'transformer' if flow else 'unet'}.{n}": p for n, p in get_peft_model_state_dict(net).items()}
-        if args.save_pipeline:
-            whole = load_pipeline(args.model, lean=False)
-            whole.load_lora_weights(dict(lora))
-            whole.fuse_lora()
-            whole.unload_lora_weights()
-            atomic_save(pipeline, pipe=whole)
-        atomic_save(lora_file, lora, metadata={"format": "pt"})
-        print(f"\nload it with:\n  pipe = {family}.from_pretrained({args.model!r}, {absent}dtype=torch.float32)\n"
-              f"  pipe.load_lora_weights({str(out)!r})\n")  # fmt: skip
-    checkpoint.unlink(missing_ok=True)
-    return out
+    return out if rank == 0 else None
+
+
+def loading_lines(args, family, out, absent):
+    """The lines of Python that load the result in plain diffusers and draw a picture."""
+    if family == "DDPMPipeline":
+        return f"""
+from diffusers import DDPMPipeline
+
+pipe = DDPMPipeline.from_pretrained({str(out / 'pipeline')!r})
+pipe(num_inference_steps=50).images[0].save("after.png")
+"""
+    return f"""
+import torch
+from diffusers import {family}
+
+pipe = {family}.from_pretrained({args.model!r}, {absent}dtype=torch.float32)
+pipe.load_lora_weights({str(out)!r})
+pipe({args.prompt or ""!r}).images[0].save("after.png")
+"""
 
 
 if __name__ == "__main__":
     args = parse_args()
-    if out := unlearn(args):  # before and after, by eval.py in a process of its own: it knows how to score
-        known = {"--prompt": args.prompt, "--real": args.remember if Path(args.remember).is_dir() else None}
-        command = [sys.executable, str(HERE / "eval.py"), "instance", "--before", args.model, "--after", str(out), "--seed",
-                   str(args.seed), "--forget", *map(str, args.forget), *(x for k, v in known.items() if v for x in (k, v))]
-        subprocess.run(command, env={k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"})
+    if out := unlearn(args):  # evaluated in a separate process: eval.py knows how
+        known = {"--prompt": args.prompt, "--real": args.remember if Path(args.remember).is_dir() else None,
+                 "--resolution": args.resolution}  # fmt: skip
+        flags = [x for k, v in known.items() if v for x in (k, v)]
+        sys.exit(evaluate_run("instance", args.model, out, "--seed", args.seed, "--forget", *args.forget, *flags))

@@ -17,7 +17,6 @@ and advises --retain l2 where the anchor's name is part of the target's.
 import argparse
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -63,13 +62,10 @@ def unlearn(args):
     """Runs Concept Ablation and returns the run folder."""
     device = torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
     pairs = prompt_pairs(args)
-    out = args.out or Path("runs") / ("conabl-" + re.sub(r"[^a-z0-9]+", "-", "-".join(args.target).lower()).strip("-"))
+    out = args.out or Path("runs") / run_name("conabl", args.target)
     if (out / "delta.safetensors").exists():
         fail(f"{out} already holds a run; choose another --out")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        fail(f"--out {out} cannot be written: {e.strerror}")
+    make_run_dir(out)
     pipe = load_pipeline(args.model, safety_checker=None, requires_safety_checker=False, dtype=torch.float32).to(device)
     unet, scale = pipe.unet.requires_grad_(False).eval(), pipe.vae_scale_factor
     alpha_bar = pipe.scheduler.alphas_cumprod.to(device)  # (1000,)
@@ -136,6 +132,6 @@ def unlearn(args):
 if __name__ == "__main__":
     args = parse_args()
     out = unlearn(args)
-    command = [sys.executable, str(HERE.parent / "eval.py"), "concept", "--before", args.model, "--after", str(out)]
-    command += ["--seed", str(args.seed), "--concept-type", args.concept_type, "--target", *args.target]
-    subprocess.run([*command, "--anchor", *args.anchor])
+    size = ("--resolution", args.resolution) if args.resolution else ()
+    sys.exit(evaluate_run("concept", args.model, out, "--seed", args.seed, "--concept-type", args.concept_type, *size, "--target",
+                          *args.target, "--anchor", *args.anchor))  # fmt: skip

@@ -18,7 +18,6 @@ import argparse
 import json
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -56,13 +55,10 @@ def loss_preference(preferred, preferred_0, unwanted, unwanted_0, beta):
 def unlearn(args):
     """Runs DUO and returns the run folder."""
     device = torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
-    out = args.out or Path("runs") / ("duo-" + "-".join(f.stem for f in args.forget)[:80])
+    out = args.out or Path("runs") / run_name("duo", [f.stem for f in args.forget])
     if (out / "pipeline").exists():
         fail(f"{out} already holds a run; choose another --out")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        fail(f"--out {out} cannot be written: {e.strerror}")
+    make_run_dir(out)
     if args.surrogate and len(args.surrogate) != len(args.forget):
         fail(f"{len(args.forget)} pictures but {len(args.surrogate)} surrogates; give one --surrogate each")
     pipe = load_pipeline(args.model, dtype=torch.float32).to(device)
@@ -129,5 +125,4 @@ def unlearn(args):
 if __name__ == "__main__":
     args = parse_args()
     out = unlearn(args)
-    command = [sys.executable, str(HERE.parent / "eval.py"), "instance", "--before", args.model, "--after", str(out)]
-    subprocess.run([*command, "--seed", str(args.seed), "--forget", *map(str, args.forget)])
+    sys.exit(evaluate_run("instance", args.model, out, "--seed", args.seed, "--forget", *args.forget))

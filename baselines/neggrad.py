@@ -16,7 +16,6 @@ import argparse
 import json
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -52,15 +51,12 @@ def loss_neggrad(error_r, error_f, lam):
 def unlearn(args):
     """Runs NegGrad and returns the run folder."""
     device = torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
-    out = args.out or Path("runs") / ("neggrad-" + "-".join(f.stem for f in args.forget)[:80])
+    out = args.out or Path("runs") / run_name("neggrad", [f.stem for f in args.forget])
     if args.steps < 1 or args.batch_size < 1:
         fail(f"--steps {args.steps} --batch-size {args.batch_size}: expected at least 1 of each")
     if (out / "pipeline").exists():
         fail(f"{out} already holds a run; choose another --out")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        fail(f"--out {out} cannot be written: {e.strerror}")
+    make_run_dir(out)
     pipe = load_pipeline(args.model, dtype=torch.float32).to(device)
     if type(pipe).__name__ != "DDPMPipeline" or pipe.scheduler.config.prediction_type != "epsilon":
         fail(f"--model {args.model}: expected a DDPM that predicts epsilon")
@@ -103,5 +99,4 @@ def unlearn(args):
 if __name__ == "__main__":
     args = parse_args()
     out = unlearn(args)
-    command = [sys.executable, str(HERE.parent / "eval.py"), "instance", "--before", args.model, "--after", str(out)]
-    subprocess.run([*command, "--seed", str(args.seed), "--real", str(args.remember), "--forget", *map(str, args.forget)])
+    sys.exit(evaluate_run("instance", args.model, out, "--seed", args.seed, "--real", args.remember, "--forget", *args.forget))

@@ -20,7 +20,6 @@ import json
 import math
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -75,15 +74,12 @@ def subtract(g_r, g_f, scaling_norm=None):
 def unlearn(args):
     """Runs SISS and returns the run folder."""
     device = torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
-    out = args.out or Path("runs") / ("siss-" + "-".join(f.stem for f in args.forget)[:80])
+    out = args.out or Path("runs") / run_name("siss", [f.stem for f in args.forget])
     if args.steps < 1 or args.batch_size < 1:
         fail(f"--steps {args.steps} --batch-size {args.batch_size}: expected at least 1 of each")
     if (out / "pipeline").exists():
         fail(f"{out} already holds a run; choose another --out")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        fail(f"--out {out} cannot be written: {e.strerror}")
+    make_run_dir(out)
     if not 0 < args.lam < 1:
         fail(f"--lam {args.lam}: expected a probability between 0 and 1")
     pipe = load_pipeline(args.model, dtype=torch.float32).to(device)
@@ -131,5 +127,4 @@ def unlearn(args):
 if __name__ == "__main__":
     args = parse_args()
     out = unlearn(args)
-    command = [sys.executable, str(HERE.parent / "eval.py"), "instance", "--before", args.model, "--after", str(out)]
-    subprocess.run([*command, "--seed", str(args.seed), "--real", str(args.remember), "--forget", *map(str, args.forget)])
+    sys.exit(evaluate_run("instance", args.model, out, "--seed", args.seed, "--real", args.remember, "--forget", *args.forget))

@@ -26,7 +26,6 @@ import argparse
 import json
 import os
 import re
-import subprocess
 import sys
 from functools import cache
 from pathlib import Path
@@ -99,13 +98,10 @@ def unlearn(args):
     """Runs SPM and returns the run folder."""
     device = torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
     prompts = [wording for _, wordings in prompt_pairs(args) for wording in wordings]
-    out = args.out or Path("runs") / ("spm-" + re.sub(r"[^a-z0-9]+", "-", "-".join(args.target).lower()).strip("-"))
+    out = args.out or Path("runs") / run_name("spm", args.target)
     if (lora_file := out / "pytorch_lora_weights.safetensors").exists():
         fail(f"{out} already holds a run; choose another --out")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        fail(f"--out {out} cannot be written: {e.strerror}")
+    make_run_dir(out)
     pipe = load_pipeline(args.model, safety_checker=None, requires_safety_checker=False, dtype=torch.float32).to(device)
     unet, scale = pipe.unet.requires_grad_(False).eval(), pipe.vae_scale_factor
     budget = SMALL["steps"] * len(args.target) * (2 if args.concept_type == "style" else 1)  # doco.py's
@@ -162,6 +158,6 @@ def unlearn(args):
 if __name__ == "__main__":
     args = parse_args()
     out = unlearn(args)
-    command = [sys.executable, str(HERE.parent / "eval.py"), "concept", "--before", args.model, "--after", str(out)]
-    command += ["--seed", str(args.seed), "--concept-type", args.concept_type, "--target", *args.target]
-    subprocess.run([*command, "--anchor", *args.anchor])
+    size = ("--resolution", args.resolution) if args.resolution else ()
+    sys.exit(evaluate_run("concept", args.model, out, "--seed", args.seed, "--concept-type", args.concept_type, *size, "--target",
+                          *args.target, "--anchor", *args.anchor))  # fmt: skip

@@ -16,7 +16,6 @@ float64 solves. Their guide for an object is a blank or empty prompt; here it is
 import argparse
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -69,13 +68,10 @@ def unlearn(args):
     """Edits the weights and returns the run folder."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # float64 is not to be had on mps
     pairs = prompt_pairs(args)
-    out = args.out or Path("runs") / ("uce-" + re.sub(r"[^a-z0-9]+", "-", "-".join(args.target).lower()).strip("-"))
+    out = args.out or Path("runs") / run_name("uce", args.target)
     if (out / "delta.safetensors").exists():
         fail(f"{out} already holds a run; choose another --out")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        fail(f"--out {out} cannot be written: {e.strerror}")
+    make_run_dir(out)
     pipe = load_pipeline(args.model, safety_checker=None, requires_safety_checker=False, dtype=torch.float32).to(device)
     erase, guide = [], []
     for anchor, wordings in pairs:
@@ -99,6 +95,5 @@ def unlearn(args):
 if __name__ == "__main__":
     args = parse_args()
     out = unlearn(args)
-    command = [sys.executable, str(HERE.parent / "eval.py"), "concept", "--before", args.model, "--after", str(out)]
-    command += ["--seed", str(args.seed), "--concept-type", args.concept_type, "--target", *args.target]
-    subprocess.run([*command, "--anchor", *args.anchor])
+    sys.exit(evaluate_run("concept", args.model, out, "--seed", args.seed, "--concept-type", args.concept_type, "--target",
+                          *args.target, "--anchor", *args.anchor))  # fmt: skip

@@ -238,6 +238,16 @@ def half(module):
     return copy.deepcopy(module).half()
 
 
+def load_in_float(folder):
+    """Half the size on disk, but full precision in memory: the configs of a saved folder say float32.
+
+    transformers loads a component in the dtype that its config names, diffusers in float32 whatever the file holds; a pipeline
+    whose text encoder came in half and whose UNet came in float could not multiply one by the other.
+    """
+    for config in Path(folder).rglob("config.json"):
+        config.write_text(config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
+
+
 def picture(x):
     """A tensor (3, H, W) in [-1, 1] as a PIL picture."""
     x = ((x.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).contiguous()
@@ -413,6 +423,7 @@ def image_processor():
 
 def save_clip(clip, tokenizer, folder):
     half(clip).save_pretrained(folder)
+    load_in_float(folder)
     tokenizer.save_pretrained(folder)
     image_processor().save_pretrained(folder)
 
@@ -450,6 +461,7 @@ def train_unet(args, data, latents, vae, text_encoder, tokenizer):
     start, steps = load_checkpoint(checkpoint, optimizer, model=model, ema=ema), cycle(args, "unet")[-1]
     scheduler = PNDMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
                               skip_prk_steps=True, steps_offset=1, set_alpha_to_one=False)  # fmt: skip
+    scheduler.register_to_config(clip_sample=False)  # PNDM never clips; DDIM made from this config would, at 1
     alpha_bar = scheduler.alphas_cumprod.to(args.device)
     everything = range(len(latents))
     # The second cycle is for what is hard to tell apart or to name: cats, and what has nicknames, come twice as often or more.
@@ -503,6 +515,7 @@ def save_pipeline(folder, model, vae, tokenizer, scheduler):
     none = dict(safety_checker=None, feature_extractor=None, image_encoder=None, requires_safety_checker=False)
     pipe = StableDiffusionPipeline(**parts, tokenizer=tokenizer, scheduler=scheduler, **none)
     pipe.save_pretrained(folder)
+    load_in_float(folder)
     return pipe
 
 
@@ -641,6 +654,7 @@ def train_sd3(args, data, latents, vae, tokenizer):
     scheduler = FlowMatchEulerDiscreteScheduler()
     pipe = StableDiffusion3Pipeline(vae=vae, tokenizer=tokenizer, tokenizer_2=tokenizer, scheduler=scheduler, **parts, **none)
     pipe.save_pretrained(args.out / "sd3")
+    load_in_float(args.out / "sd3")
 
 
 # ---- 8. the copy detector ---------------------------------------------------------------------------------------
@@ -693,6 +707,7 @@ def train_copy_detector(args, data, images):
         if (step + 1) % 250 == 0 or step + 1 == steps:
             save_checkpoint(checkpoint, step + 1, optimizer, net=net)
     half(net).save_pretrained(args.out / "copy")
+    load_in_float(args.out / "copy")
     image_processor().save_pretrained(args.out / "copy")
 
 

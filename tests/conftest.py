@@ -38,6 +38,7 @@ def tiny(tmp_path_factory):
                         block_out_channels=(8, 8, 8), norm_num_groups=4, latent_channels=4, sample_size=64)  # fmt: skip
     scheduler = PNDMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True,
                               steps_offset=1)  # fmt: skip
+    scheduler.register_to_config(clip_sample=False)  # as in the hub's folder
     none = dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False)
     pipe = StableDiffusionPipeline(vae=vae, text_encoder=CLIPTextModel(CLIPTextConfig(**text)), tokenizer=tokenizer, unet=unet,
                                    scheduler=scheduler, **none)  # fmt: skip
