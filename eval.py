@@ -54,7 +54,8 @@ from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 from tqdm import tqdm
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
-from instance_unlearn import load_pipeline, open_image, read_any, read_exact
+from common import fail, load_pipeline
+from instance_unlearn import open_image, read_any, read_exact
 
 HERE = Path(__file__).resolve().parent
 KINDS = ("target", "paraphrase", "ood", "anchor", "related", "unrelated")

@@ -94,8 +94,8 @@ def parse_args(argv=None):
     p.add_argument("--lr", type=float, help="learning rate (default: the paper's 5e-6, LoRA 1e-5; small models 6e-5, 1e-3)")
     p.add_argument("--lr-scheduler", choices=("constant", "linear"), help="linear: falls to 0 for each picture "
                    "(default: constant, as in the paper; small models: linear)")  # fmt: skip
-    p.add_argument("--timestep-sampling", choices=("uniform", "stratified"), help="timesteps of a batch: independent, "
-                   "or one from each n-th of their range (default: uniform, as in the paper; small models: stratified)")  # fmt: skip
+    p.add_argument("--timestep-sampling", choices=("uniform", "stratified"), help="timesteps of a batch: "
+                   "independent, as in the paper, or one from each n-th of their range (default for small models)")  # fmt: skip
     p.add_argument("--beta", type=float, help="Eq. 12: lambda(t) = 1 - beta t, t from 0 to 1000")
     p.add_argument("--constant-lambda", type=float, help="Table III: the same lambda at every t, in place of --beta")
     p.add_argument("--surgery", choices=("none", "forget", "both"), default="forget", help="Table IV: what is projected")

@@ -24,7 +24,6 @@ import os
 import re
 import shlex
 import statistics
-import sys
 import time
 from collections import namedtuple
 from functools import partial
@@ -37,6 +36,7 @@ import doco
 import eval as evaluation
 import instance_unlearn
 from baselines import conabl, duo, erasediff, esd, forget_me_not, neggrad, siss, spm, uce
+from common import atomic_save, fail
 
 HERE = Path(__file__).resolve().parent
 RIVAL_MODULES = (conabl, duo, erasediff, esd, forget_me_not, neggrad, siss, spm, uce)
@@ -91,12 +91,10 @@ def doco_job(args, concepts, keep, *flags, style=False, script="doco.py"):
 RIVALS = {"ESD": ("esd", "--steps", "1000", "--batch-size", "1"), "ConAbl": ("conabl", "--steps", "100"),
           "SPM": ("spm", "--steps", "3000", "--batch-size", "1"), "UCE": ("uce",),
           "Forget-Me-Not": ("forget_me_not", "--steps", "35", "--batch-size", "1")}  # fmt: skip
-# What was tried on the small models: on the grumpy cat, on the cowboy. The first of each is the script's default now; NegGrad's
-# is for 10 updates, and for 240, 1e-6 did best
-TRIED = {"ESD": ("--lr", "3e-4", "1e-4", "2e-4"), "ConAbl": ("--lr", "1e-4", "3e-5"), "SPM": ("--lr", "3e-3", "3e-4", "1e-3"),
-         "UCE": ("--lamb", "5", "0.1", "0.5", "50"), "Forget-Me-Not": ("--lr", "3e-6", "1e-5"),
-         "NegGrad": ("--lr", "2.5e-5", "5e-6", "1e-6", "3e-7", "1e-7"), "EraseDiff": ("--lr", "2.5e-5", "1e-5"),
-         "SISS (all t)": ("--lr", "2.5e-5", "6e-5"), "DUO": ("--lr", "1e-4", "2.5e-5")}  # fmt: skip
+# What was tried on the small models: on the grumpy cat for concepts. The first of each is the script's default now.
+TRIED = {"ESD": ("--lr", "1e-4", "1e-5", "3e-5", "3e-4"), "ConAbl": ("--lr", "1e-4", "3e-5"),
+         "SPM": ("--lr", "3e-3", "3e-4", "1e-3"), "UCE": ("--lamb", "5", "0.1", "0.5", "50"),
+         "Forget-Me-Not": ("--lr", "3e-6", "1e-5")}  # fmt: skip
 
 
 def against_rivals(args, concepts, keep, own=False, **kind):
@@ -143,9 +141,9 @@ def doco_table1(args):
 
 
 def tried(label):
-    """[(label of a row, its flags)] of a rival."""
-    flag, default, *others = TRIED[label]
-    return [(f"{flag} {default}", [])] + [(f"{flag} {value}", [flag, value]) for value in others]
+    """[(label of a row, its flags)] of a rival. Every rate is named: no folder changes its meaning when a default does."""
+    flag, *values = TRIED[label]
+    return [(f"{flag} {value}", [flag, value]) for value in values]
 
 
 def doco_rates(args):
@@ -153,6 +151,9 @@ def doco_rates(args):
     for label, (name, *_) in RIVALS.items():
         job = partial(doco_job, args, three[:1], three[1:], script=f"baselines/{name}.py")
         blocks.append((label, [three[0][0]], [(row, job(*flags)) for row, flags in tried(label)]))
+        if label == "ESD":  # by default ESD-u here, as the paper has it for objects
+            rows = [(row, job("--train", "xattn", *flags)) for row, flags in tried(label)]
+            blocks.append(("ESD-x", [three[0][0]], rows))
     return [] if args.paper else [Table("The rivals' rates, tried on Grumpy Cat", doco_columns(three), blocks)]
 
 
@@ -160,7 +161,8 @@ def doco_table3(args):
     three = instances(args)
     rows = [("original", "original"), ("no retention", doco_job(args, three[:1], three[1:], "--retain", "none")),
             ("L2", doco_job(args, three[:1], three[1:], "--retain", "l2")),
-            ("concept-preserving gradient", doco_job(args, three[:1], three[1:]))]  # fmt: skip
+            ("concept-preserving gradient", doco_job(args, three[:1], three[1:])),
+            ("the same, of Adam's step", doco_job(args, three[:1], three[1:], "--project", "step"))]  # fmt: skip
     title = "DoCo, Table 3: no retention, L2 loss, concept-preserving gradient"
     return [Table(title, doco_columns(three), [(f"Erasing {three[0][0]}", [three[0][0]], rows)])]
 
@@ -197,46 +199,75 @@ def instance_job(args, who, *flags, script="instance_unlearn.py"):
     return Job(name, script, [*model, "--forget", *forget, *flags], score)
 
 
-# The rivals, as their papers or released codes train them (SISS: at t = 999 alone, or at all t); DUO is not in the paper
-INSTANCE_RIVALS = {"NegGrad": ("neggrad",), "EraseDiff": ("erasediff",), "SISS (t = 999)": ("siss",),
-                   "SISS (all t)": ("siss", "--full-range"), "DUO": ("duo",)}  # fmt: skip
+# The rivals of a picture (SISS: at t = 999 alone, or at all t), with the updates and batch of their papers; DUO is not in the
+# paper. TRIED_RATES: three rates for every method and each of the two recipes, on the cowboy; the same number for all.
+INSTANCE_RIVALS = {"NegGrad": ("neggrad", "--steps", "10"), "EraseDiff": ("erasediff",), "SISS (t = 999)": ("siss",),
+                   "SISS (all t)": ("siss", "--full-range"),
+                   "DUO": ("duo", "--steps", "1000", "--batch-size", "4")}  # fmt: skip
+OURS = "ours"
+TRIED_RATES = {"NegGrad": ("3e-7", "1e-6", "5e-6"), "EraseDiff": ("1e-5", "2.5e-5", "6e-5"),
+               "SISS (all t)": ("1e-5", "2.5e-5", "6e-5"), "DUO": ("2.5e-5", "6e-5", "1e-4"),
+               OURS: ("1e-5", "2.5e-5", "6e-5")}  # fmt: skip
+# The two recipes: as in the papers, or with the two remedies that instance_unlearn.py has for small models.
+RECIPES = {"plain": ["--lr-scheduler", "constant", "--timestep-sampling", "uniform"],
+           "tuned": ["--lr-scheduler", "linear", "--timestep-sampling", "stratified"]}  # fmt: skip
+RECIPE_WORDS = {"plain": "constant rate, independent timesteps", "tuned": "falling rate, stratified timesteps"}
+EQUAL = ["--steps", "240", "--batch-size", "8"]  # our method's, for all
+# What instance-rates chose: by SSIM among the rates that forget the cowboy, else the one that forgets most.
+CHOSEN = {("NegGrad", "plain"): "1e-6", ("EraseDiff", "plain"): "2.5e-5", ("SISS (all t)", "plain"): "2.5e-5",
+          ("DUO", "plain"): "1e-4", (OURS, "plain"): "2.5e-5", ("NegGrad", "tuned"): "1e-6", ("EraseDiff", "tuned"): "2.5e-5",
+          ("SISS (all t)", "tuned"): "2.5e-5", ("DUO", "tuned"): "1e-4", (OURS, "tuned"): "6e-5"}  # fmt: skip
 
 
-def instance_rows(args, who, equal=False, rivals=INSTANCE_RIVALS):
-    """Rows: rivals, with the updates and batch of their papers or with ours, then our method."""
+def instance_method(args, who, label, *flags):
+    """The job of a rival or of our method."""
+    if label == OURS:
+        return instance_job(args, who, *flags)
+    name, *own = INSTANCE_RIVALS[label]
+    kind = ["--full-range"] if "--full-range" in own else []
+    return instance_job(args, who, *kind, *flags, script=f"baselines/{name}.py")
+
+
+def equal_rows(args, who, recipe):
+    """Rows: every method with 240 updates of 8, the recipe, and the rate that was chosen for it under that recipe."""
     rows = []
-    for label in rivals:
-        name, *flags = INSTANCE_RIVALS[label]
-        flags += ["--steps", "240", "--batch-size", "8"] if equal else []
-        flags += ["--lr", "1e-6"] if equal and name == "neggrad" else []  # its default is for 10 updates
-        flags += ["--steps", "1000", "--batch-size", "4"] if name == "duo" and not equal else []  # by default, it takes ours
-        rows.append((label, instance_job(args, who, *flags, script=f"baselines/{name}.py")))
+    for label in (*INSTANCE_RIVALS, OURS):
+        rate = ["--lr", CHOSEN["SISS (all t)" if label.startswith("SISS") else label, recipe]]
+        flags = [*(EQUAL if label != OURS else []), *RECIPES[recipe], *rate]
+        rows.append((label, instance_method(args, who, label, *flags)))
+    random = instance_job(args, who, "--surrogate", "random", *RECIPES[recipe], "--lr", CHOSEN[OURS, recipe])
+    return [*rows[:-1], ("ours† (random surrogates)", random), rows[-1]]
+
+
+def own_rows(args, who, rivals=INSTANCE_RIVALS):
+    """Rows: every rival with the updates, batch and recipe of its paper, then our method with its own."""
+    rows = [(label, instance_job(args, who, *INSTANCE_RIVALS[label][1:], script=f"baselines/{INSTANCE_RIVALS[label][0]}.py"))
+            for label in rivals]  # fmt: skip
     random = ("ours† (random surrogates)", instance_job(args, who, "--surrogate", "random"))
-    return [*rows, random, ("ours", instance_job(args, who))]
+    return [*rows, random, (OURS, instance_job(args, who))]
 
 
 def instance_table1(args):
-    blocks = [("updates and batch of their papers", [], instance_rows(args, "one"))]
+    four = own_rows(args, "four", rivals=INSTANCE_RIVALS if args.paper else ["NegGrad"])
+    blocks = [("updates and batch of their papers", [], own_rows(args, "one"))]
     if not args.paper:
-        blocks.append(("240 updates of 8 for all", [], instance_rows(args, "one", equal=True)))
-        blocks.append(("another picture, on which no rate was chosen", [], instance_rows(args, "another", equal=True)))
-    four = instance_rows(args, "four", rivals=INSTANCE_RIVALS if args.paper else ["NegGrad"])
+        for recipe, words in RECIPE_WORDS.items():
+            blocks.append((f"240 updates of 8 for all; {words}", [], equal_rows(args, "one", recipe)))
+        for recipe, words in RECIPE_WORDS.items():
+            title = f"another picture, on which no rate was chosen; {words}"
+            blocks.append((title, [], equal_rows(args, "another", recipe)))
     return [Table("Instance unlearning, Table I: a single instance", INSTANCE, blocks),
             Table("Instance unlearning, Table I: four instances, one after another", INSTANCE, [("", [], four)])]  # fmt: skip
 
 
 def instance_rates(args):
     blocks = []
-    for label, (name, *flags) in INSTANCE_RIVALS.items():
-        if label not in TRIED:
-            continue
-        flags += ["--steps", "240", "--batch-size", "8"]
-        rows = [(row, instance_job(args, "one", *flags, *more, script=f"baselines/{name}.py")) for row, more in tried(label)]
-        blocks.append((f"{label}, 240 updates of 8", [], rows))
-    ten = [(f"--lr {v}", instance_job(args, "one", *(["--lr", v] if v != "2.5e-5" else []), script="baselines/neggrad.py"))
-           for v in ("2.5e-5", "1e-5", "5e-6")]  # fmt: skip
-    blocks.append(("NegGrad, 10 updates of 8", [], ten))
-    return [] if args.paper else [Table("The rivals' rates, tried on the cowboy", INSTANCE, blocks)]
+    for recipe in RECIPES:
+        for label, rates in TRIED_RATES.items():
+            flags = [*(EQUAL if label != OURS else []), *RECIPES[recipe]]
+            rows = [(f"--lr {rate}", instance_method(args, "one", label, *flags, "--lr", rate)) for rate in rates]
+            blocks.append((f"{label}, 240 updates of 8, {recipe}", [], rows))
+    return [] if args.paper else [Table("The rates of all methods, tried on the cowboy", INSTANCE, blocks)]
 
 
 def one_block(args, title, rows):
@@ -315,7 +346,7 @@ def run(args, job, seed):
     def note(part, began):
         done["seconds"][part] = round(done["seconds"][part] * (part == 0) + time.time() - began)
         if rank == 0:
-            doco.atomic_save(diary, text=json.dumps(done | {"threads": torch.get_num_threads()}, indent=1))
+            atomic_save(diary, text=json.dumps(done | {"threads": torch.get_num_threads()}, indent=1))
 
     if not report.exists():
         script, began, rival = SCRIPTS[job.script], time.time(), job.script.startswith("baselines")
@@ -628,7 +659,7 @@ def write(args, name, tables, reports):
     drawn = [(table, blocks, trade_off_points(table, reports)) for table, blocks in finished]
     picture(drawn, args.out / f".{name}.png")
     os.replace(args.out / f".{name}.png", args.out / f"{name}.png")
-    doco.atomic_save(args.out / f"{name}.md", text="\n".join([*lines, "```", ""]))
+    atomic_save(args.out / f"{name}.md", text="\n".join([*lines, "```", ""]))
     print("\n".join(lines[: lines.index("The commands of seed 0:")]))
     print(f"written: {args.out / name}.md, {args.out / name}.png")
 

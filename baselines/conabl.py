@@ -22,13 +22,14 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from diffusers import DPMSolverMultistepScheduler
+from diffusers import StableDiffusionPipeline
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from doco import TRAINED, add_noise, load_pipeline, prompt_pairs, atomic_save, stop  # noqa: E402
+from common import atomic_save, evaluate_run, fail, load_pipeline, make_run_dir, run_name  # noqa: E402
+from doco import TRAINED, add_noise, check_coverage, prompt_pairs, sample_anchor_latents  # noqa: E402
 
 # The released code's settings on two GPUs; doco.py's updates and batch for toys like emoji/sd, and a larger rate
 PAPER = dict(steps=100, batch_size=8, lr=1.6e-5, images=1000, guidance=6.0, sampling_steps=25)
@@ -66,32 +67,23 @@ def unlearn(args):
     if (out / "delta.safetensors").exists():
         fail(f"{out} already holds a run; choose another --out")
     make_run_dir(out)
-    pipe = load_pipeline(args.model, safety_checker=None, requires_safety_checker=False, dtype=torch.float32).to(device)
+    pipe = load_pipeline(args.model, (StableDiffusionPipeline,), dtype=torch.float32).to(device)
     unet, scale = pipe.unet.requires_grad_(False).eval(), pipe.vae_scale_factor
     alpha_bar = pipe.scheduler.alphas_cumprod.to(device)  # (1000,)
     budget = SMALL["steps"] * len(args.target) * (2 if args.concept_type == "style" else 1)  # doco.py's
     recipe = SMALL | {"steps": budget} if unet.config.sample_size < 32 else PAPER
     steps, batch, lr = (recipe[k] if (v := getattr(args, k)) is None else v for k in ("steps", "batch_size", "lr"))
-    if steps < 1 or batch < 1:
-        fail(f"--steps {steps} --batch-size {batch}: expected at least 1 of each")
+    if steps < 1 or batch < 1 or not lr > 0:
+        fail(f"--steps {steps} --batch-size {batch} --lr {lr:g}: expected at least 1, 1 and a positive rate")
     size = (args.resolution or unet.config.sample_size * scale) // scale  # side of a latent
     texts = list(dict.fromkeys(["", *(a for a, _ in pairs), *(t for _, ts in pairs for t in ts)]))
     with torch.no_grad():
         emb = {text: pipe.encode_prompt(text, device, 1, False)[0][0] for text in texts}  # (77, D) each
 
-    # -- anchor pictures from the original model, as latents
-    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
-    pipe.set_progress_bar_config(disable=True)
-    latents = []
-    for i in tqdm(range(0, n := min(recipe["images"], steps * batch), 16), f"{n} anchor pictures"):
-        part = range(i, min(i + 16, n))
-        latents.append(pipe(
-            prompt_embeds=torch.stack([emb[pairs[j % len(pairs)][0]] for j in part]),
-            negative_prompt_embeds=emb[""].expand(len(part), -1, -1), guidance_scale=recipe["guidance"],
-            generator=[torch.Generator().manual_seed(args.seed * 1_000_003 + j) for j in part], output_type="latent",
-            num_inference_steps=recipe["sampling_steps"], height=size * scale, width=size * scale,
-        ).images.float())  # fmt: skip
-    latents = torch.cat(latents)  # (n, 4, h, w)
+    # -- anchor pictures from the original model, as latents (n, 4, h, w): the same as doco.py's
+    n = min(recipe["images"], steps * batch)
+    check_coverage(pairs, n, len(args.target))
+    latents = sample_anchor_latents(pipe, emb, pairs, n, size, recipe, args.seed)
 
     # -- training
     trained = {n: p.requires_grad_() for n, p in unet.named_parameters() if re.search(TRAINED[args.train], n)}
@@ -133,5 +125,5 @@ if __name__ == "__main__":
     args = parse_args()
     out = unlearn(args)
     size = ("--resolution", args.resolution) if args.resolution else ()
-    sys.exit(evaluate_run("concept", args.model, out, "--seed", args.seed, "--concept-type", args.concept_type, *size, "--target",
-                          *args.target, "--anchor", *args.anchor))  # fmt: skip
+    sys.exit(evaluate_run("concept", args.model, out, "--seed", args.seed, "--concept-type", args.concept_type, *size,
+                          "--target", *args.target, "--anchor", *args.anchor))  # fmt: skip

@@ -16,8 +16,6 @@ saved weights. x^s is an edited file (--surrogate) or, as in the paper, SDEdit's
 
 import argparse
 import json
-import os
-import shutil
 import sys
 from pathlib import Path
 
@@ -28,8 +26,9 @@ from tqdm import tqdm
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
+from common import atomic_save, evaluate_run, fail, load_pipeline, make_run_dir, run_name  # noqa: E402
 from doco import swap  # noqa: E402
-from instance_unlearn import coefficients, denoise, load_pipeline, per_picture, read_exact, atomic_save, stop, to_image  # noqa: E402
+from instance_unlearn import coefficients, denoise, draw_times, per_picture, read_exact, to_image  # noqa: E402
 
 
 def parse_args(argv=None):
@@ -42,6 +41,9 @@ def parse_args(argv=None):
     p.add_argument("--lr", type=float, help="default: 6e-5, for emoji/ddpm 1e-4")
     p.add_argument("--beta", type=float, default=500.0, help="how sharply the preference saturates")
     p.add_argument("--prior", type=float, default=5e6, help="weight of what pure noise becomes")
+    p.add_argument("--lr-scheduler", choices=("constant", "linear"), default="constant", help="linear: falls to 0 per picture")
+    p.add_argument("--timestep-sampling", choices=("uniform", "stratified"), default="uniform", help="stratified: one timestep "
+                   "from each n-th of their range; instance_unlearn.py has both remedies for small models")  # fmt: skip
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--out", type=Path, help="run folder (default: runs/duo-PICTURE)")
     return p.parse_args(argv)
@@ -67,8 +69,8 @@ def unlearn(args):
     net, alpha_bar, size = pipe.unet.eval(), pipe.scheduler.alphas_cumprod.to(device), pipe.unet.config.sample_size
     recipe = dict(steps=240, batch_size=8, lr=1e-4) if size <= 64 else dict(steps=1000, batch_size=4, lr=6e-5)
     steps, batch, lr = (recipe[k] if (v := getattr(args, k)) is None else v for k in ("steps", "batch_size", "lr"))
-    if steps < 1 or batch < 1:
-        fail(f"--steps {steps} --batch-size {batch}: expected at least 1 of each")
+    if steps < 1 or batch < 1 or not lr > 0:
+        fail(f"--steps {steps} --batch-size {batch} --lr {lr:g}: expected at least 1, 1 and a positive rate")
     predict = lambda x, t: net(x, t).sample  # noqa: E731
 
     # -- the pairs: to forget, and preferred; the model's own edit noises the picture to t = 700 and draws it anew
@@ -91,7 +93,8 @@ def unlearn(args):
     optimizer, log = torch.optim.AdamW(params, lr=lr, weight_decay=1e-2, fused=True), []
     for step in tqdm(range(steps * len(x_f)), "DUO"):
         g = torch.Generator().manual_seed(args.seed * 1_000_003 + 100_000 + step)
-        k, t = step // steps, torch.randint(750, (batch,), generator=g).to(device)
+        k = step // steps
+        t = (draw_times(batch, None, g, args.timestep_sampling == "stratified") * 0.75).long().to(device)  # 0 to 749
         eps = torch.randn(batch, *x_f[0].shape, generator=g).to(device)
         a, b = coefficients(t, alpha_bar)
         # The preferred, the unwanted and pure noise at the last timestep, in one pass; first of the original model
@@ -105,6 +108,8 @@ def unlearn(args):
         prior = F.mse_loss(of_noise, of_noise_0)
         (preference + args.prior * prior).backward()
         torch.nn.utils.clip_grad_norm_(params, 1.0)
+        if args.lr_scheduler == "linear":
+            optimizer.param_groups[0]["lr"] = lr * (1 - step % steps / steps)
         optimizer.step()
         optimizer.zero_grad()
         log.append(torch.stack([preference, prior]).detach())
@@ -116,9 +121,7 @@ def unlearn(args):
     atomic_save(out / "log.jsonl", text="".join(json.dumps(row) + "\n" for row in rows))
     settings = vars(args) | {"steps": steps, "batch_size": batch, "lr": lr}
     atomic_save(out / "args.json", text=json.dumps({"settings": settings}, indent=1, default=str))
-    shutil.rmtree(temporary := out / "pipeline.tmp", ignore_errors=True)
-    pipe.save_pretrained(temporary)
-    os.replace(temporary, out / "pipeline")
+    atomic_save(out / "pipeline", pipe=pipe)
     return out
 
 

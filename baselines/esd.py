@@ -23,17 +23,20 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, StableDiffusionPipeline
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from doco import TRAINED, load_pipeline, prompt_pairs, atomic_save, stop  # noqa: E402
+from common import atomic_save, evaluate_run, fail, load_pipeline, make_run_dir, run_name  # noqa: E402
+from doco import TRAINED, prompt_pairs  # noqa: E402
 
+# Their ESD-u leaves out the cross-attention, the output layers and the time embedding
+TRAINED = TRAINED | {"noxattn": r"^(?!.*(attn2\.|conv_out|conv_norm_out|time_embedding))"}
 # The paper's settings: batch 1, 50 steps of DDIM; doco.py's updates and batch for toys like emoji/sd, and a larger rate
 PAPER = dict(steps=1000, batch_size=1, lr=1e-5, paths=100, guidance=3.0, sampling_steps=50)
-SMALL = dict(steps=250, batch_size=8, lr=3e-4, paths=64, guidance=3.0, sampling_steps=50)
+SMALL = dict(steps=250, batch_size=8, lr=1e-4, paths=64, guidance=3.0, sampling_steps=50)
 
 
 def parse_args(argv=None):
@@ -48,7 +51,8 @@ def parse_args(argv=None):
     p.add_argument("--batch-size", type=int)
     p.add_argument("--lr", type=float)
     p.add_argument("--eta", type=float, default=1.0, help="how far beyond the unconditional prediction")
-    p.add_argument("--train", choices=tuple(TRAINED), default="xattn", help="their ESD-x: all of the cross-attention")
+    p.add_argument("--train", choices=tuple(TRAINED), help="noxattn: their ESD-u, all but the cross-attention, for objects; "
+                   "xattn: their ESD-x, the cross-attention, for styles (default: by --concept-type)")  # fmt: skip
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--out", type=Path, help="run folder (default: runs/esd-TARGET)")
     return p.parse_args(argv)
@@ -76,18 +80,21 @@ def unlearn(args):
     if (out / "delta.safetensors").exists():
         fail(f"{out} already holds a run; choose another --out")
     make_run_dir(out)
-    pipe = load_pipeline(args.model, safety_checker=None, requires_safety_checker=False, dtype=torch.float32).to(device)
+    pipe = load_pipeline(args.model, (StableDiffusionPipeline,), dtype=torch.float32).to(device)
     unet, scale = pipe.unet.requires_grad_(False).eval(), pipe.vae_scale_factor
     budget = SMALL["steps"] * len(args.target) * (2 if args.concept_type == "style" else 1)  # doco.py's
     recipe = SMALL | {"steps": budget} if unet.config.sample_size < 32 else PAPER
     steps, batch, lr = (recipe[k] if (v := getattr(args, k)) is None else v for k in ("steps", "batch_size", "lr"))
-    if steps < 1 or batch < 1:
-        fail(f"--steps {steps} --batch-size {batch}: expected at least 1 of each")
+    if steps < 1 or batch < 1 or not lr > 0:
+        fail(f"--steps {steps} --batch-size {batch} --lr {lr:g}: expected at least 1, 1 and a positive rate")
     size = (args.resolution or unet.config.sample_size * scale) // scale  # side of a latent
     with torch.no_grad():
         emb = {text: pipe.encode_prompt(text, device, 1, False)[0][0] for text in ["", *prompts]}  # (77, D) each
-    scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    # Latents are N(0, 1) and must not be clipped to [-1, 1], which DDIM does unless it is told
+    scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
     scheduler.set_timesteps(recipe["sampling_steps"], device)
+
+    train = args.train or ("xattn" if args.concept_type == "style" else "noxattn")
 
     # -- the paths, from the original model: every point x_t, its t and its y
     points, of_path = [], [prompts[j % len(prompts)] for j in range(recipe["paths"])]
@@ -101,7 +108,7 @@ def unlearn(args):
             points += [(x_t[j], t, y[j], part[j]) for j in range(len(part))]
 
     # -- training
-    trained = {n: p.requires_grad_() for n, p in unet.named_parameters() if re.search(TRAINED[args.train], n)}
+    trained = {n: p.requires_grad_() for n, p in unet.named_parameters() if re.search(TRAINED[train], n)}
     optimizer, log = torch.optim.Adam(trained.values(), lr=lr, fused=True), []
     for step in tqdm(range(steps), "ESD"):
         g = torch.Generator().manual_seed(args.seed * 1_000_003 + 500_000 + step)
@@ -117,7 +124,7 @@ def unlearn(args):
 
     # -- save: the trained tensors under their UNet names; plain diffusers loads them
     atomic_save(out / "log.jsonl", text="".join(json.dumps({"step": k, "loss": v.item()}) + "\n" for k, v in enumerate(log)))
-    settings = vars(args) | {"steps": steps, "batch_size": batch, "lr": lr, "resolution": size * scale}
+    settings = vars(args) | {"steps": steps, "batch_size": batch, "lr": lr, "train": train, "resolution": size * scale}
     atomic_save(out / "args.json", text=json.dumps({"settings": settings}, indent=1, default=str))
     atomic_save(out / "delta.safetensors", trained, metadata={"format": "pt", "method": "esd", "base_model": args.model})
     return out
@@ -127,5 +134,5 @@ if __name__ == "__main__":
     args = parse_args()
     out = unlearn(args)
     size = ("--resolution", args.resolution) if args.resolution else ()
-    sys.exit(evaluate_run("concept", args.model, out, "--seed", args.seed, "--concept-type", args.concept_type, *size, "--target",
-                          *args.target, "--anchor", *args.anchor))  # fmt: skip
+    sys.exit(evaluate_run("concept", args.model, out, "--seed", args.seed, "--concept-type", args.concept_type, *size,
+                          "--target", *args.target, "--anchor", *args.anchor))  # fmt: skip

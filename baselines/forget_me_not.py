@@ -20,13 +20,14 @@ import sys
 from pathlib import Path
 
 import torch
-from diffusers import DPMSolverMultistepScheduler
+from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from doco import TRAINED, add_noise, load_pipeline, prompt_pairs, atomic_save, stop  # noqa: E402
+from common import atomic_save, evaluate_run, fail, load_pipeline, make_run_dir, run_name  # noqa: E402
+from doco import TRAINED, add_noise, prompt_pairs  # noqa: E402
 from instance_unlearn import read_any  # noqa: E402
 
 # The released settings; doco.py's updates and batch for toys like emoji/sd, and a larger rate
@@ -93,14 +94,14 @@ def unlearn(args):
     if (out / "delta.safetensors").exists():
         fail(f"{out} already holds a run; choose another --out")
     make_run_dir(out)
-    pipe = load_pipeline(args.model, safety_checker=None, requires_safety_checker=False, dtype=torch.float32).to(device)
+    pipe = load_pipeline(args.model, (StableDiffusionPipeline,), dtype=torch.float32).to(device)
     unet, scale = pipe.unet.requires_grad_(False).eval(), pipe.vae_scale_factor
     alpha_bar = pipe.scheduler.alphas_cumprod.to(device)  # (1000,)
     budget = SMALL["steps"] * len(args.target) * (2 if args.concept_type == "style" else 1)  # doco.py's
     recipe = SMALL | {"steps": budget} if unet.config.sample_size < 32 else PAPER
     steps, batch, lr = (recipe[k] if (v := getattr(args, k)) is None else v for k in ("steps", "batch_size", "lr"))
-    if steps < 1 or batch < 1:
-        fail(f"--steps {steps} --batch-size {batch}: expected at least 1 of each")
+    if steps < 1 or batch < 1 or not lr > 0:
+        fail(f"--steps {steps} --batch-size {batch} --lr {lr:g}: expected at least 1, 1 and a positive rate")
     size = (args.resolution or unet.config.sample_size * scale) // scale  # side of a latent
     with torch.no_grad():
         emb = {text: pipe.encode_prompt(text, device, 1, False)[0][0] for text in ["", *prompts]}  # (77, D) each
@@ -161,5 +162,5 @@ if __name__ == "__main__":
     args = parse_args()
     out = unlearn(args)
     size = ("--resolution", args.resolution) if args.resolution else ()
-    sys.exit(evaluate_run("concept", args.model, out, "--seed", args.seed, "--concept-type", args.concept_type, *size, "--target",
-                          *args.target, "--anchor", *args.anchor))  # fmt: skip
+    sys.exit(evaluate_run("concept", args.model, out, "--seed", args.seed, "--concept-type", args.concept_type, *size,
+                          "--target", *args.target, "--anchor", *args.anchor))  # fmt: skip

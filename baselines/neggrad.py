@@ -14,8 +14,6 @@ and clips the gradient's norm at 1; EraseDiff's climbs the loss of the pictures 
 
 import argparse
 import json
-import os
-import shutil
 import sys
 from pathlib import Path
 
@@ -25,19 +23,31 @@ from tqdm import tqdm
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from instance_unlearn import coefficients, load_pipeline, per_picture, read_any, read_exact, atomic_save, stop  # noqa: E402
+from common import REPO, atomic_save, evaluate_run, fail, is_embedded, load_pipeline, make_run_dir, run_name  # noqa: E402
+from instance_unlearn import (  # noqa: E402
+    coefficients,
+    draw_times,
+    list_images,
+    per_picture,
+    read_any,
+    read_exact,
+    without_forgotten,
+)
 
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--model", default=str(HERE.parent / "emoji/ddpm"), help="DDPM: folder or hub id")
     p.add_argument("--forget", nargs="+", type=Path, required=True, metavar="FILE", help="several: one after another")
-    p.add_argument("--remember", type=Path, default=HERE.parent / "emoji/creatures", help="folder of pictures")
+    p.add_argument("--remember", type=Path, help="folder of pictures (emoji/ddpm: emoji/creatures)")
     p.add_argument("--steps", type=int, default=10, help="updates per picture to forget")
     p.add_argument("--batch-size", type=int, default=8)
     p.add_argument("--lr", type=float, help="default: 5e-6, for emoji/ddpm 2.5e-5")
     p.add_argument("--lam", type=float, default=1.0, help="weight of forgetting")
     p.add_argument("--ascent", action="store_true", help="climb L_f alone, remember nothing")
+    p.add_argument("--lr-scheduler", choices=("constant", "linear"), default="constant", help="linear: falls to 0 per picture")
+    p.add_argument("--timestep-sampling", choices=("uniform", "stratified"), default="uniform", help="stratified: one timestep "
+                   "from each n-th of their range; instance_unlearn.py has both remedies for small models")  # fmt: skip
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--out", type=Path, help="run folder (default: runs/neggrad-PICTURE)")
     return p.parse_args(argv)
@@ -57,29 +67,35 @@ def unlearn(args):
     if (out / "pipeline").exists():
         fail(f"{out} already holds a run; choose another --out")
     make_run_dir(out)
+    if args.remember is None:
+        if not is_embedded(args.model):
+            fail(f"--remember is missing: which pictures should {args.model} keep?")
+        args.remember = REPO / "emoji/creatures"
     pipe = load_pipeline(args.model, dtype=torch.float32).to(device)
     if type(pipe).__name__ != "DDPMPipeline" or pipe.scheduler.config.prediction_type != "epsilon":
         fail(f"--model {args.model}: expected a DDPM that predicts epsilon")
     net, alpha_bar, size = pipe.unet.eval(), pipe.scheduler.alphas_cumprod.to(device), pipe.unet.config.sample_size
     x_f = [read_exact(f, size, "--forget").to(device) for f in args.forget]
-    unwanted = [f.read_bytes() for f in args.forget]
-    files = sorted(args.remember.rglob("*.png")) + sorted(args.remember.rglob("*.jpg"))
-    files = [f for f in files if f.read_bytes() not in unwanted]
+    files = without_forgotten(list_images(args.remember), torch.stack(x_f).cpu(), size)
     if not files:
-        fail(f"--remember {args.remember}: no png or jpg files there")
-    lr = args.lr or (2.5e-5 if size <= 64 else 5e-6)
+        fail(f"--remember {args.remember}: no pictures there; expected a folder of png, jpg or webp files")
+    lr = args.lr if args.lr is not None else 2.5e-5 if size <= 64 else 5e-6
+    if not lr > 0:
+        fail(f"--lr {lr:g}: expected a positive rate")
     optimizer, log = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=0, fused=True), []
 
     for step in tqdm(range(args.steps * len(x_f)), "NegGrad"):
         g = torch.Generator().manual_seed(args.seed * 1_000_003 + 100_000 + step)
         i = torch.randint(len(files), (args.batch_size,), generator=g).tolist()
-        t = torch.randint(1000, (args.batch_size,), generator=g).to(device)
+        t = draw_times(args.batch_size, None, g, args.timestep_sampling == "stratified").to(device)
         x_r = torch.stack([read_any(files[j], size) for j in i]).to(device)  # (B, 3, H, W)
         eps = torch.randn(x_r.shape, generator=g).to(device)
         a, b = coefficients(t, alpha_bar)
         error_r = None if args.ascent else per_picture(net(a * x_r + b * eps, t).sample, eps)
         error_f = per_picture(net(a * x_f[step // args.steps] + b * eps, t).sample, eps)
         loss_neggrad(error_r, error_f, args.lam).backward()
+        if args.lr_scheduler == "linear":
+            optimizer.param_groups[0]["lr"] = lr * (1 - step % args.steps / args.steps)
         optimizer.step()
         optimizer.zero_grad()
         log.append({"loss_f": error_f.mean().detach()} | ({} if error_r is None else {"loss_r": error_r.mean().detach()}))
@@ -90,9 +106,7 @@ def unlearn(args):
     rows = [{"step": k} | {name: v.item() for name, v in row.items()} for k, row in enumerate(log)]
     atomic_save(out / "log.jsonl", text="".join(json.dumps(row) + "\n" for row in rows))
     atomic_save(out / "args.json", text=json.dumps({"settings": vars(args) | {"lr": lr}}, indent=1, default=str))
-    shutil.rmtree(temporary := out / "pipeline.tmp", ignore_errors=True)
-    pipe.save_pretrained(temporary)
-    os.replace(temporary, out / "pipeline")
+    atomic_save(out / "pipeline", pipe=pipe)
     return out
 
 

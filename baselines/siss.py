@@ -9,7 +9,7 @@ importance weight each (Alberti et al., ICLR 2025); a rival of instance_unlearn.
 The released code draws no t but 999 for CelebA-HQ and Stable Diffusion (for MNIST all), and so does this file; --full-range
 draws all. At 256 pixels the two halves of the mixture hardly overlap below t = 900: there, the weights are 1 / (1 - lam), 1 /
 lam or 0. It gives g_f a fixed norm s in place of the paper's factor 1 + s: 500, or as its README says, a tenth of |g_r|, which
-is the default here, taken anew at each update. Its batch is 4, accumulated 16 times, for 60 updates.
+is the default here, taken anew at each update. Its batch is 4, accumulated 16 times, for 60 updates, as here for large models.
 
     python baselines/siss.py --forget emoji/creatures/twemoji-cowboy-hat-face.png --full-range
     python baselines/siss.py --model google/ddpm-celebahq-256 --forget face.png --remember celebahq/ --scaling-norm 500
@@ -18,8 +18,6 @@ is the default here, taken anew at each update. Its batch is 4, accumulated 16 t
 import argparse
 import json
 import math
-import os
-import shutil
 import sys
 from pathlib import Path
 
@@ -29,21 +27,25 @@ from tqdm import tqdm
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
+from common import REPO, atomic_save, evaluate_run, fail, is_embedded, load_pipeline, make_run_dir, run_name  # noqa: E402
 from gradsurgery import flat_grad, write_grad  # noqa: E402
-from instance_unlearn import coefficients, load_pipeline, read_any, read_exact, atomic_save, stop  # noqa: E402
+from instance_unlearn import coefficients, draw_times, list_images, read_any, read_exact, without_forgotten  # noqa: E402
 
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--model", default=str(HERE.parent / "emoji/ddpm"), help="DDPM: folder or hub id")
     p.add_argument("--forget", nargs="+", type=Path, required=True, metavar="FILE", help="several: one after another")
-    p.add_argument("--remember", type=Path, default=HERE.parent / "emoji/creatures", help="folder of pictures")
+    p.add_argument("--remember", type=Path, help="folder of pictures (emoji/ddpm: emoji/creatures)")
     p.add_argument("--steps", type=int, default=60, help="updates per picture to forget")
     p.add_argument("--batch-size", type=int, default=64)
     p.add_argument("--lr", type=float, help="default: 5e-6, for emoji/ddpm 2.5e-5")
     p.add_argument("--lam", type=float, default=0.5, help="probability of the picture to forget in the mixture")
     p.add_argument("--scaling-norm", type=float, help="s, the norm of the forget gradient (default: a tenth of the other's)")
     p.add_argument("--full-range", action="store_true", help="t from 0 to 999, not 999 alone")
+    p.add_argument("--lr-scheduler", choices=("constant", "linear"), default="constant", help="linear: falls to 0 per picture")
+    p.add_argument("--timestep-sampling", choices=("uniform", "stratified"), default="uniform", help="stratified: one timestep "
+                   "from each n-th of their range; instance_unlearn.py has both remedies for small models")  # fmt: skip
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--out", type=Path, help="run folder (default: runs/siss-PICTURE)")
     return p.parse_args(argv)
@@ -82,35 +84,50 @@ def unlearn(args):
     make_run_dir(out)
     if not 0 < args.lam < 1:
         fail(f"--lam {args.lam}: expected a probability between 0 and 1")
+    if args.remember is None:
+        if not is_embedded(args.model):
+            fail(f"--remember is missing: which pictures should {args.model} keep?")
+        args.remember = REPO / "emoji/creatures"
     pipe = load_pipeline(args.model, dtype=torch.float32).to(device)
     if type(pipe).__name__ != "DDPMPipeline" or pipe.scheduler.config.prediction_type != "epsilon":
         fail(f"--model {args.model}: expected a DDPM that predicts epsilon")
     net, alpha_bar, size = pipe.unet.eval(), pipe.scheduler.alphas_cumprod.to(device), pipe.unet.config.sample_size
     x_f = [read_exact(f, size, "--forget").to(device) for f in args.forget]
-    unwanted = [f.read_bytes() for f in args.forget]
-    files = sorted(args.remember.rglob("*.png")) + sorted(args.remember.rglob("*.jpg"))
-    files = [f for f in files if f.read_bytes() not in unwanted]
+    files = without_forgotten(list_images(args.remember), torch.stack(x_f).cpu(), size)
+    micro = args.batch_size if size <= 64 else 4  # at 256 pixels, the graph of 64 pictures would hold 135 GB
     if not files:
-        fail(f"--remember {args.remember}: no png or jpg files there")
-    lr, params = args.lr or (2.5e-5 if size <= 64 else 5e-6), list(net.parameters())
+        fail(f"--remember {args.remember}: no pictures there; expected a folder of png, jpg or webp files")
+    lr, params = args.lr if args.lr is not None else 2.5e-5 if size <= 64 else 5e-6, list(net.parameters())
+    if not lr > 0:
+        fail(f"--lr {lr:g}: expected a positive rate")
     optimizer, log = torch.optim.AdamW(params, lr=lr, betas=(0.95, 0.999), weight_decay=1e-6, fused=True), []
 
     for step in tqdm(range(args.steps * len(x_f)), "SISS"):
         g = torch.Generator().manual_seed(args.seed * 1_000_003 + 100_000 + step)
         i = torch.randint(len(files), (args.batch_size,), generator=g).tolist()
-        t = torch.randint(0 if args.full_range else 999, 1000, (args.batch_size,), generator=g).to(device)
+        if args.full_range:
+            t = draw_times(args.batch_size, None, g, args.timestep_sampling == "stratified").to(device)
+        else:
+            t = torch.full((args.batch_size,), 999, device=device)
         x_r = torch.stack([read_any(files[j], size) for j in i]).to(device)  # (B, 3, H, W)
         eps = torch.randn(x_r.shape, generator=g).to(device)
         from_f = (torch.rand(args.batch_size, 1, 1, 1, generator=g) < args.lam).to(device)
-        a, b = coefficients(t, alpha_bar)
-        forget = x_f[step // args.steps].expand_as(x_r)
-        m_t = a * torch.where(from_f, forget, x_r) + b * eps
-        loss_r, loss_f = losses_siss(net(m_t, t).sample, m_t, x_r, forget, a, b, args.lam)
-        g_r = flat_grad(loss_r, params, retain_graph=True)  # (n,): one graph, two ways back
-        write_grad(params, subtract(g_r, flat_grad(loss_f, params), args.scaling_norm))
+        forget, grads, losses = x_f[step // args.steps], [0, 0], [0, 0]
+        for part in torch.arange(args.batch_size, device=device).split(micro):  # a graph of the whole batch may not fit
+            a, b = coefficients(t[part], alpha_bar)
+            x_0 = forget.expand_as(x_r[part])
+            m_t = a * torch.where(from_f[part], x_0, x_r[part]) + b * eps[part]
+            both = losses_siss(net(m_t, t[part]).sample, m_t, x_r[part], x_0, a, b, args.lam)
+            for k, loss in enumerate(both):  # one graph, two ways back; means over the part, weighted to that over the batch
+                loss = loss * len(part) / args.batch_size
+                grads[k] = grads[k] + flat_grad(loss, params, retain_graph=k == 0)  # (n,)
+                losses[k] = losses[k] + loss.detach()
+        write_grad(params, subtract(*grads, args.scaling_norm))
         torch.nn.utils.clip_grad_norm_(params, 1.0)
+        if args.lr_scheduler == "linear":
+            optimizer.param_groups[0]["lr"] = lr * (1 - step % args.steps / args.steps)
         optimizer.step()
-        log.append(torch.stack([loss_r, loss_f]).detach())
+        log.append(torch.stack(losses))
     if not torch.stack(log).isfinite().all():
         fail("the loss is not finite any more; lower --lr")
 
@@ -118,9 +135,7 @@ def unlearn(args):
     rows = [dict(zip(("step", "loss_r", "loss_f"), (k, *v.tolist()), strict=True)) for k, v in enumerate(log)]
     atomic_save(out / "log.jsonl", text="".join(json.dumps(row) + "\n" for row in rows))
     atomic_save(out / "args.json", text=json.dumps({"settings": vars(args) | {"lr": lr}}, indent=1, default=str))
-    shutil.rmtree(temporary := out / "pipeline.tmp", ignore_errors=True)
-    pipe.save_pretrained(temporary)
-    os.replace(temporary, out / "pipeline")
+    atomic_save(out / "pipeline", pipe=pipe)
     return out
 
 

@@ -25,7 +25,6 @@ In plain diffusers, m is 1, or what the function says:
 import argparse
 import json
 import os
-import re
 import sys
 from functools import cache
 from pathlib import Path
@@ -40,7 +39,8 @@ from tqdm import tqdm
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from doco import load_pipeline, prompt_pairs, atomic_save, stop  # noqa: E402
+from common import atomic_save, evaluate_run, fail, load_pipeline, make_run_dir, run_name  # noqa: E402
+from doco import prompt_pairs  # noqa: E402
 
 # The paper's settings; doco.py's updates and batch for toys like emoji/sd, and a larger rate
 PAPER = dict(steps=3000, batch_size=1, lr=1e-4, guidance=3.0, sampling_steps=30)
@@ -102,17 +102,18 @@ def unlearn(args):
     if (lora_file := out / "pytorch_lora_weights.safetensors").exists():
         fail(f"{out} already holds a run; choose another --out")
     make_run_dir(out)
-    pipe = load_pipeline(args.model, safety_checker=None, requires_safety_checker=False, dtype=torch.float32).to(device)
+    pipe = load_pipeline(args.model, (StableDiffusionPipeline,), dtype=torch.float32).to(device)
     unet, scale = pipe.unet.requires_grad_(False).eval(), pipe.vae_scale_factor
     budget = SMALL["steps"] * len(args.target) * (2 if args.concept_type == "style" else 1)  # doco.py's
     recipe = SMALL | {"steps": budget} if unet.config.sample_size < 32 else PAPER
     steps, batch, lr = (recipe[k] if (v := getattr(args, k)) is None else v for k in ("steps", "batch_size", "lr"))
-    if steps < 1 or batch < 1:
-        fail(f"--steps {steps} --batch-size {batch}: expected at least 1 of each")
+    if steps < 1 or batch < 1 or not lr > 0:
+        fail(f"--steps {steps} --batch-size {batch} --lr {lr:g}: expected at least 1, 1 and a positive rate")
     size = (args.resolution or unet.config.sample_size * scale) // scale  # side of a latent
     with torch.no_grad():
         emb = {text: pipe.encode_prompt(text, device, 1, False)[0][0] for text in ["", *prompts]}  # (77, D) each
-    scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    # Latents are N(0, 1) and must not be clipped to [-1, 1], which DDIM does unless it is told
+    scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
     scheduler.set_timesteps(recipe["sampling_steps"], device)
 
     torch.manual_seed(args.seed)
@@ -159,5 +160,5 @@ if __name__ == "__main__":
     args = parse_args()
     out = unlearn(args)
     size = ("--resolution", args.resolution) if args.resolution else ()
-    sys.exit(evaluate_run("concept", args.model, out, "--seed", args.seed, "--concept-type", args.concept_type, *size, "--target",
-                          *args.target, "--anchor", *args.anchor))  # fmt: skip
+    sys.exit(evaluate_run("concept", args.model, out, "--seed", args.seed, "--concept-type", args.concept_type, *size,
+                          "--target", *args.target, "--anchor", *args.anchor))  # fmt: skip
