@@ -28,7 +28,7 @@ import instance_unlearn
 def tiny(tmp_path_factory):
     """Folder of a pipeline with 16x16 latents that runs a step in a few hundredths of a second."""
     torch.manual_seed(0)
-    tokenizer = CLIPTokenizer.from_pretrained(doco.HERE / "emoji/sd", subfolder="tokenizer")
+    tokenizer = CLIPTokenizer.from_pretrained(doco.REPO / "emoji/sd", subfolder="tokenizer")
     text = dict(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
                 bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)  # fmt: skip
     unet = UNet2DConditionModel(sample_size=16, layers_per_block=1, block_out_channels=(32, 64), cross_attention_dim=32,
@@ -63,7 +63,7 @@ def tiny_ddpm(tmp_path_factory):
 def tiny_sd3(tmp_path_factory):
     """Folder of a Stable Diffusion 3 without T5, 8x8 latents of 16x16 pixels."""
     torch.manual_seed(0)
-    tokenizer = CLIPTokenizer.from_pretrained(doco.HERE / "emoji/sd", subfolder="tokenizer")
+    tokenizer = CLIPTokenizer.from_pretrained(doco.REPO / "emoji/sd", subfolder="tokenizer")
     text = CLIPTextConfig(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=2,
                           num_attention_heads=2, projection_dim=16, bos_token_id=tokenizer.bos_token_id,
                           eos_token_id=tokenizer.eos_token_id)  # fmt: skip

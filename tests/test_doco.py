@@ -221,7 +221,7 @@ def launch(processes, folder, *flags):
     script = folder / "launch.py"
     script.write_text("import sys, doco; doco.unlearn(doco.parse_args(sys.argv[1:]))")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", "29531"]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(doco.HERE)}
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(doco.REPO)}
     return subprocess.run([*torchrun, str(script), *flags], env=env, capture_output=True, text=True)
 
 
@@ -239,7 +239,7 @@ def test_killed_and_resumed_equals_undisturbed(tiny, tmp_path, unlearn):
     whole = unlearn(*flags, out="whole")
     argv = ["--model", str(tiny), "--target", "Grumpy Cat", "--anchor", "Cat", "--batch-size", "4"]
     argv += ["--out", str(tmp_path / "cut")]
-    program = subprocess.Popen([sys.executable, str(doco.HERE / "doco.py"), *argv, *flags], stderr=subprocess.DEVNULL)
+    program = subprocess.Popen([sys.executable, str(doco.REPO / "doco.py"), *argv, *flags], stderr=subprocess.DEVNULL)
     checkpoint = tmp_path / "cut/checkpoint.safetensors"
     while not checkpoint.exists() and program.poll() is None:
         time.sleep(0.02)
@@ -277,7 +277,7 @@ def test_killed_and_resumed_equals_undisturbed(tiny, tmp_path, unlearn):
     (["--out", "/proc/nowhere"], "cannot be written"),
 ])  # fmt: skip
 def test_bad_input_is_one_line(tiny, tmp_path, monkeypatch, flags, says):
-    monkeypatch.chdir(doco.HERE)
+    monkeypatch.chdir(doco.REPO)
     (tmp_path / "empty.txt").write_text("\n \n")
     (tmp_path / "dogs.txt").write_text("a photo of a dog\n")
     for name, shape in (("truncated", 1), ("foreign", 3)):

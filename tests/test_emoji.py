@@ -10,7 +10,7 @@ from PIL import Image
 
 import eval as evaluation
 import instance_unlearn
-from doco import HERE
+from common import REPO as HERE
 from emoji import train
 
 EMOJI, CPU = HERE / "emoji", torch.device("cpu")

@@ -53,7 +53,7 @@ def program(script, body, out, *flags, processes=None):
                     f"{body}\nm.unlearn(m.parse_args(sys.argv[1:]))\n")  # fmt: skip
     torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", "29533"]
     command = [sys.executable, *(torchrun if processes else []), str(file), *script.argv, "--out", str(script.folder / out)]
-    env = os.environ | {"OMP_NUM_THREADS": "1" if processes else str(torch.get_num_threads()), "PYTHONPATH": str(doco.HERE)}
+    env = os.environ | {"OMP_NUM_THREADS": "1" if processes else str(torch.get_num_threads()), "PYTHONPATH": str(doco.REPO)}
     return subprocess.Popen([*command, *flags], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 

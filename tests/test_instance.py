@@ -360,7 +360,7 @@ def launch(processes, folder, *flags):
     script = folder / "launch.py"
     script.write_text("import sys, instance_unlearn as m; m.unlearn(m.parse_args(sys.argv[1:]))")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", "29532"]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(method.HERE)}
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(method.REPO)}
     return subprocess.run([*torchrun, str(script), *flags], env=env, capture_output=True, text=True)
 
 
@@ -382,7 +382,7 @@ def test_killed_and_resumed_equals_undisturbed(forget, tiny_ddpm, photos, tmp_pa
     whole = forget(*flags, out="whole", picture=pictures)
     argv = ["--model", str(tiny_ddpm), "--forget", *map(str, pictures), "--remember", str(photos), "--batch-size", "4"]
     argv += ["--out", str(tmp_path / "cut"), *flags]
-    program = subprocess.Popen([sys.executable, str(method.HERE / "instance_unlearn.py"), *argv], stderr=subprocess.DEVNULL)
+    program = subprocess.Popen([sys.executable, str(method.REPO / "instance_unlearn.py"), *argv], stderr=subprocess.DEVNULL)
     checkpoint = tmp_path / "cut/checkpoint.safetensors"
     while not checkpoint.exists() and program.poll() is None:
         time.sleep(0.02)
@@ -420,7 +420,7 @@ def test_killed_and_resumed_equals_undisturbed(forget, tiny_ddpm, photos, tmp_pa
     (["--out", "/proc/nowhere"], "cannot be written"),
 ])  # fmt: skip
 def test_bad_input_is_one_line(forget, photos, tmp_path, monkeypatch, flags, says):
-    monkeypatch.chdir(method.HERE)
+    monkeypatch.chdir(method.REPO)
     bad = tmp_path / "bad"
     (bad / "empty").mkdir(parents=True)
     image = Image.open(photos / "a.png")

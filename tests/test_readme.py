@@ -16,7 +16,7 @@ MODULES |= {file.removesuffix(".py"): module for file, module in reproduce.SCRIP
 
 
 def commands():
-    texts = [(doco.HERE / "README.md").read_text()]
+    texts = [(doco.REPO / "README.md").read_text()]
     texts += [module.__doc__ for module in MODULES.values()]
     for line in "\n".join(texts).replace("\\\n", " ").splitlines():
         if found := re.search(rf"(?:torchrun|python)\s[^`|&]*?({'|'.join(MODULES)})\.py(.*)", line):
@@ -35,14 +35,14 @@ def test_there_are_commands():
 
 
 def test_flags_and_lines_stay_few():
-    source = (doco.HERE / "doco.py").read_text()
+    source = (doco.REPO / "doco.py").read_text()
     assert source.count("add_argument(") <= 20 and len(source.splitlines()) <= 465
-    assert (doco.HERE / "instance_unlearn.py").read_text().count("add_argument(") <= 20
-    assert len((doco.HERE / "gradsurgery.py").read_text().splitlines()) <= 95
+    assert (doco.REPO / "instance_unlearn.py").read_text().count("add_argument(") <= 20
+    assert len((doco.REPO / "gradsurgery.py").read_text().splitlines()) <= 95
 
 
 @pytest.mark.parametrize("module", [doco, instance_unlearn])
 def test_equations_named_in_the_code_are_in_the_docstring(module):
-    source = (doco.HERE / f"{module.__name__}.py").read_text()
+    source = (doco.REPO / f"{module.__name__}.py").read_text()
     body = source.split('"""', 2)[2]
     assert set(re.findall(r"Eq\. (\d+)", body)) <= set(re.findall(r"Eq\. (\d+)", module.__doc__))
