@@ -35,8 +35,8 @@ def test_esd_aims_at_negative_guidance():
 
 
 def test_esd_paths_are_those_of_diffusers(sd):
-    """What draw_path walks is what StableDiffusionPipeline draws by DDIM with the same guidance."""
-    sd.scheduler = DDIMScheduler.from_config(sd.scheduler.config)
+    """What draw_path walks is what StableDiffusionPipeline draws by DDIM, unclipped, with the same guidance."""
+    sd.scheduler = DDIMScheduler.from_config(sd.scheduler.config, clip_sample=False)
     sd.set_progress_bar_config(disable=True)
     noise = random(2, 4, 16, 16)
     drawn = sd(["a cat", "a dog"], latents=noise, guidance_scale=3.0, num_inference_steps=6, output_type="latent").images
@@ -47,7 +47,7 @@ def test_esd_paths_are_those_of_diffusers(sd):
     assert [t.item() for _, t, *_ in path] == sd.scheduler.timesteps.tolist() and torch.equal(path[0][0], noise)
     x, t, eps_null, eps_target = path[-1]
     last = sd.scheduler.step(eps_null + 3 * (eps_target - eps_null), t, x).prev_sample
-    assert torch.allclose(last, drawn, atol=1e-4)
+    assert torch.allclose(last, drawn, atol=1e-4) and drawn.abs().max() > 2  # latents are N(0, 1), and a clip would show
 
 
 def test_conabl_moves_the_target_alone():
@@ -86,8 +86,9 @@ def test_uce_takes_the_vectors_from_the_last_word_on(sd):
     with torch.no_grad():
         whole = sd.encode_prompt("a grumpy cat", "cpu", 1, False)[0][0]
     n = len(sd.tokenizer("a grumpy cat")["input_ids"])
-    assert torch.equal(uce.read(sd, "a grumpy cat", False), whole[n - 2 :])
-    assert torch.equal(uce.read(sd, "a grumpy cat", True), whole[n - 2 : n - 1])
+    assert torch.equal(uce.read(sd, "a grumpy cat", "all"), whole) and len(whole) == 77
+    assert torch.equal(uce.read(sd, "a grumpy cat", "from"), whole[n - 2 :])
+    assert torch.equal(uce.read(sd, "a grumpy cat", "last"), whole[n - 2 : n - 1])
     assert sd.tokenizer.decode(sd.tokenizer("a grumpy cat")["input_ids"][n - 2]).strip() == "cat"
 
 
@@ -313,18 +314,7 @@ def test_eval_lets_spm_work_as_hard_as_a_prompt_resembles_the_target(tiny, tmp_p
 
 
 def run_instance(name, tiny_ddpm, photos, out, *flags):
-    common = [
-        "--model",
-        str(tiny_ddpm),
-        "--forget",
-        str(photos / "a.png"),
-        "--steps",
-        "4",
-        "--batch-size",
-        "4",
-        "--out",
-        str(out),
-    ]
+    common = ["--model", str(tiny_ddpm), "--forget", str(photos / "a.png"), "--steps", "4", "--batch-size", "4"]
     common += ["--remember", str(photos)] if name != "duo" else ["--surrogate", str(photos / "b.png")]
     return INSTANCE[name].unlearn(INSTANCE[name].parse_args([*common, *flags, "--out", str(out)]))
 
@@ -382,6 +372,7 @@ def test_siss_two_ways_back_through_one_graph():
 @pytest.mark.parametrize("module", INSTANCE.values())
 def test_instance_rivals_refuse_other_models(module, tiny, photos, tmp_path):
     flags = ["--model", str(tiny), "--forget", str(photos / "a.png"), "--out", str(tmp_path / "run")]
+    flags += ["--remember", str(photos)] if module is not duo else []
     with pytest.raises(SystemExit, match="expected a DDPM"):
         module.unlearn(module.parse_args(flags))
 
@@ -406,16 +397,67 @@ def test_a_run_that_diverges_saves_nothing(name, tiny, tiny_ddpm, photos, tmp_pa
     ("uce", ["--out", "/proc/nowhere"], "--out /proc/nowhere cannot be written"),
     ("forget_me_not", ["--model", "no/such-model-anywhere"], "--model no/such-model-anywhere cannot be loaded"),
     ("neggrad", ["--forget", "missing.png"], "--forget missing.png cannot be read"),
-    ("erasediff", ["--remember", "nowhere"], "--remember nowhere: no png or jpg files there"),
+    ("erasediff", ["--remember", "nowhere"], "--remember nowhere: no pictures there"),
     ("siss", ["--lam", "1"], "--lam 1.0: expected a probability"),
     ("siss", ["--out", "/proc/nowhere"], "--out /proc/nowhere cannot be written"),
     ("duo", ["--surrogate", "a.png", "b.png"], "1 pictures but 2 surrogates"),
+    *((name, ["--lr", "0"], "--lr 0") for name in (*CONCEPT, *INSTANCE) if name != "uce"),
+    *((name, ["--lr", "nan"], "--lr nan") for name in (*CONCEPT, *INSTANCE) if name != "uce"),
+    *((name, ["--anchor", "a", "b"], "1 targets but 2 anchors") for name in CONCEPT),
 ])  # fmt: skip
 def test_bad_input_is_one_line(name, flags, says, tiny, tiny_ddpm, photos, tmp_path):
     module = (CONCEPT | INSTANCE)[name]
     common = ["--target", "Grumpy Cat", "--anchor", "Cat", "--model", str(tiny)]
     if name in INSTANCE:
         common = ["--forget", str(photos / "a.png"), "--model", str(tiny_ddpm)]
+        common += ["--remember", str(photos)] if name != "duo" else []
     with pytest.raises(SystemExit) as e:
         module.unlearn(module.parse_args([*common, "--out", str(tmp_path / "out"), *flags]))
     assert says in str(e.value) and "\n" not in str(e.value) and e.value.code != 0
+
+
+@pytest.mark.parametrize("name", ("neggrad", "erasediff", "siss"))
+def test_what_a_foreign_model_is_to_keep_must_be_said(name, tiny_ddpm, photos, tmp_path):
+    module = INSTANCE[name]
+    argv = ["--forget", str(photos / "a.png"), "--model", str(tiny_ddpm), "--out", str(tmp_path / "out")]
+    with pytest.raises(SystemExit, match="--remember is missing: which pictures should .*ddpm keep") as e:
+        module.unlearn(module.parse_args(argv))
+    assert "\n" not in str(e.value)
+
+
+def default_folder(module, tmp_path, monkeypatch, *flags):
+    """The run folder that a script makes where --out is not given; --lr 0 ends the run right after."""
+    monkeypatch.chdir(tmp_path)
+    before = set(tmp_path.glob("runs/*"))
+    try:
+        module.unlearn(module.parse_args([*flags, *([] if module is uce else ["--lr", "0"])]))
+    except SystemExit as e:
+        assert "--lr 0" in str(e)
+    [new] = set(tmp_path.glob("runs/*")) - before
+    return new.name
+
+
+@pytest.mark.parametrize("name", CONCEPT)
+def test_targets_in_any_script_and_length_have_folders_of_their_own(name, tiny, tmp_path, monkeypatch):
+    method = name.replace("_", "-")
+    for target, start in (("Grumpy Cat", f"{method}-grumpy-cat"), ("不爽猫", f"{method}-"), ("快乐狗", f"{method}-"),
+                          ("very " * 100 + "Grumpy Cat", f"{method}-very-very-"), ("very " * 101 + "Grumpy Cat", f"{method}-very-")):
+        folder = default_folder(CONCEPT[name], tmp_path, monkeypatch, "--target", target, "--anchor", "Cat", "--model", str(tiny))
+        assert folder.startswith(start) and folder.isascii() and len(folder) < 120  # and a new one, as default_folder() checks
+        assert target != "Grumpy Cat" or folder == start
+
+
+@pytest.mark.parametrize("name", INSTANCE)
+def test_pictures_of_any_name_have_folders_of_their_own(name, tiny_ddpm, photos, tmp_path, monkeypatch):
+    for picture in ("猫", "狗", "x" * 200):
+        (file := tmp_path / f"{picture}.png").write_bytes((photos / "a.png").read_bytes())
+        flags = ["--forget", str(file), "--model", str(tiny_ddpm), *(["--remember", str(photos)] if name != "duo" else [])]
+        folder = default_folder(INSTANCE[name], tmp_path, monkeypatch, *flags)
+        assert folder.startswith(f"{name}-") and folder.isascii() and len(folder) < 120
+
+
+def test_forget_me_not_needs_the_target_among_the_tokens_of_its_prompt(tiny, tmp_path, quick):
+    """A prompt is cut at 77 tokens. Where nothing of the target is left, its norm is 0, and the gradient of that is not finite."""
+    with pytest.raises(SystemExit, match="--target 'very very.* is not among the 77 tokens") as e:
+        run_concept("forget_me_not", tiny, tmp_path / "run", "--target", "very " * 100 + "Grumpy Cat")
+    assert "\n" not in str(e.value)
