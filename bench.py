@@ -45,7 +45,6 @@ from diffusers import (
     UNet2DModel,
 )
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
-from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers import (
     CLIPConfig,
@@ -58,6 +57,7 @@ from transformers import (
 
 import doco
 import instance_unlearn
+from common import fail, load_pipeline
 from discriminator import patchgan
 from gradsurgery import forget_only, lambda_projection
 
@@ -180,7 +180,7 @@ def take_turns(script, before_each, record, device):
 
 def network(args, device):
     """The network that is trained, its trained weights, and what it takes beside the noisy picture, for a batch of n."""
-    pipe = DiffusionPipeline.from_pretrained(args.model, use_safetensors=True, dtype=torch.float32, **absent(args.model))
+    pipe = load_pipeline(args.model, dtype=torch.float32)
     net = (pipe.transformer if hasattr(pipe, "transformer") else pipe.unet).requires_grad_(False).eval().to(device)
     conditions = {}
     if isinstance(net, UNet2DConditionModel):
@@ -204,11 +204,6 @@ def network(args, device):
             return net(x, timestep=t, **{k: v.expand(len(x), *v.shape[1:]) for k, v in conditions.items()}).sample.float()
 
     return net, params, shape, predict
-
-
-def absent(model):
-    """The parts that a folder says it lacks, by name, as from_pretrained wants them."""
-    return {name: None for name, part in DiffusionPipeline.load_config(model).items() if part in ([None, None], (None, None))}
 
 
 def bare_passes(args, device, parts):
@@ -264,29 +259,35 @@ def plain_step(args, device, parts, second=True):
     return step
 
 
+def pixels_of(model):
+    """The side of the model's own images, from the configs of a folder (also a flat one, as old DDPMs have it) or hub id."""
+    index = DiffusionPipeline.load_config(model)
+    part = "transformer" if "transformer" in index else "unet"
+    try:
+        side = UNet2DModel.load_config(model, subfolder=part)["sample_size"]
+    except OSError:  # a flat folder: the network's files lie beside model_index.json
+        side = UNet2DModel.load_config(model)["sample_size"]
+    if "vae" in index:
+        side *= 2 ** (len(AutoencoderKL.load_config(model, subfolder="vae")["block_out_channels"]) - 1)
+    return side
+
+
 def run_script(args, before_each, record, device):
-    """The script itself, in a folder of its own, on random anchor latents or pictures, for args.steps iterations."""
+    """The script itself, in a folder of its own, for args.steps iterations; random latents stand for the sampled images."""
     script = doco if args.what == "doco" else instance_unlearn
     take_turns(script, before_each, record, device)
+    doco.sample_anchor_latents = lambda pipe, emb, pairs, n, size, *_: torch.randn(n, pipe.unet.config.in_channels, size, size)
+    instance_unlearn.draw_pool = lambda draw, n, shape, *_: torch.randn(n, *shape)
     with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "run"
-        out.mkdir()
-        config = DiffusionPipeline.load_config(args.model)
-        part = "transformer" if "transformer" in config else "unet"
-        network = json.loads((Path(args.model) / part / "config.json").read_text())
-        vae = Path(args.model) / "vae/config.json"
-        scale = 2 ** (len(json.loads(vae.read_text())["block_out_channels"]) - 1) if vae.exists() else 1
-        channels, side = network["in_channels"], args.resolution // scale if args.resolution else network["sample_size"]
+        out, side = Path(folder) / "run", args.resolution or pixels_of(args.model)
         common = ["--model", str(args.model), "--batch-size", str(args.batch_size), "--out", str(out)]
-        common += ["--resolution", str(side * scale)]
+        common += ["--resolution", str(side)]
         if args.what == "doco":
-            n = min(64, args.steps * args.batch_size)
-            save_file({"latents": torch.randn(n, channels, side, side)}, out / "anchor_latents.safetensors")
             what = ["--target", "Grumpy Cat", "--anchor", "Cat", "--steps", str(args.steps), "0"]
         else:
-            instance_unlearn.to_image(torch.rand(3, side * scale, side * scale) * 2 - 1).save(out / "picture.png")
-            save_file({"remember": torch.randn(args.batch_size, channels, side, side)}, out / "remember.safetensors")
-            what = ["--forget", str(out / "picture.png"), "--surrogate", "flip", "--remember", f"generate:{args.batch_size}",
+            picture = Path(folder) / "picture.png"
+            instance_unlearn.to_image(torch.rand(3, side, side) * 2 - 1).save(picture)
+            what = ["--forget", str(picture), "--surrogate", "flip", "--remember", f"generate:{args.batch_size}",
                     "--steps", str(args.steps)]  # fmt: skip
         script.unlearn(script.parse_args([*what, *common]))
 
@@ -328,12 +329,14 @@ def main(args):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if args.what == "build":
         if not args.arch or not args.out:
-            sys.exit("bench.py: error: build needs --arch and --out")
+            fail("build needs --arch and --out")
         print(build(args.arch, args.out))
         return
     if args.only:
         print(json.dumps(only(args, device)))
         return
+    if args.steps < 2 or args.batch_size < 1:
+        fail(f"--steps {args.steps} --batch-size {args.batch_size}: expected at least 2 and 1; the first step warms up")
     with tempfile.TemporaryDirectory() as folder:
         if args.arch:
             args.model = build(args.arch, Path(folder) / args.arch, safety=False)
@@ -362,7 +365,7 @@ def main(args):
             command += ["--resolution", str(args.resolution)] if args.resolution else []
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
-                sys.exit(f"bench.py: error: --only {way} failed: {done.stderr.strip().splitlines()[-1]}")
+                fail(f"--only {way} failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
             held[way] = json.loads(done.stdout.strip().splitlines()[-1])["bytes"]
 
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"

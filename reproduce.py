@@ -698,6 +698,8 @@ def main(args):
         for name, make in TABLES.items():
             print(f"{name:18}{'; '.join(t.title for t in make(args))}")
         return
+    if args.seeds is not None and args.seeds < 1 or args.num_images is not None and args.num_images < 2:
+        fail(f"--seeds {args.seeds} --num-images {args.num_images}: expected at least 1 seed and 2 images")
     if args.table is None:
         fail(f"which table? {', '.join(TABLES)} or all")
     args.runs = args.runs or Path("runs/paper" if args.paper else "runs/reproduce")

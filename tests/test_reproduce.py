@@ -41,7 +41,7 @@ def test_two_rows_never_share_a_folder(capsys):
 
 def test_first_of_the_rates_tried_is_the_default():
     for label, (flag, value, *others) in reproduce.TRIED.items():
-        name, *_ = (reproduce.RIVALS | reproduce.INSTANCE_RIVALS)[label]
+        name, *_ = reproduce.RIVALS[label]
         module = reproduce.SCRIPTS[f"baselines/{name}.py"]
         if hasattr(module, "SMALL"):
             assert module.SMALL["lr"] == float(value) and flag == "--lr"
@@ -54,11 +54,42 @@ def test_first_of_the_rates_tried_is_the_default():
 @pytest.mark.parametrize("rates", ["doco-rates", "instance-rates"])
 def test_rates_are_of_the_small_models_and_one_seed(capsys, rates):
     lines = printed(capsys, rates)
-    tries = sum(len(values) for label, (_, *values) in reproduce.TRIED.items()
-                if label in (reproduce.RIVALS if rates == "doco-rates" else reproduce.INSTANCE_RIVALS))  # fmt: skip
-    assert len(lines) == 2 * (tries + 3 * (rates == "instance-rates")) and all("--seed 0" in line for line in lines)
+    tries = sum(len(values) - 1 for values in reproduce.TRIED.values()) + len(reproduce.TRIED["ESD"]) - 1  # ESD-u and ESD-x
+    if rates == "instance-rates":
+        tries = 2 * sum(map(len, reproduce.TRIED_RATES.values()))
+    assert len(lines) == 2 * tries and all("--seed 0" in line for line in lines)
     with pytest.raises(SystemExit, match="without --paper"):
         printed(capsys, rates, "--paper")
+
+
+def test_every_method_has_the_same_number_of_tries_and_both_recipes():
+    tries, rows = {}, reproduce.instance_rates(SimpleNamespace(paper=False, runs=None))[0].blocks
+    for heading, _, block in rows:
+        name, recipe = heading.split(", 240 updates of 8, ")
+        tries[name, recipe] = len(block)
+        for label, job in block:
+            assert all(flag in job.flags for flag in (*reproduce.RECIPES[recipe], label.split()[1])), label
+    assert len(set(tries.values())) == 1 and len(tries) == 2 * 5
+    assert tries.keys() == reproduce.CHOSEN.keys()
+    for (name, recipe), rate in reproduce.CHOSEN.items():
+        assert rate in reproduce.TRIED_RATES[name], (name, recipe)
+
+
+def test_blocks_of_equal_recipes_differ_in_the_method_alone():
+    for recipe, flags in reproduce.RECIPES.items():
+        rows = reproduce.equal_rows(SimpleNamespace(paper=False, runs=None), "one", recipe)
+        assert [label for label, _ in rows][-1] == "ours" and len(rows) == 7
+        for _, job in rows:
+            args = reproduce.SCRIPTS[job.script].parse_args([str(f) for f in job.flags] + ([] if "--forget" in job.flags else
+                                                            ["--forget", "x.png"]))  # fmt: skip
+            assert [args.lr_scheduler, args.timestep_sampling] == [flags[1], flags[3]] and args.lr is not None
+            assert (args.steps or 240) == 240 and args.batch_size == 8
+
+
+@pytest.mark.parametrize("flags", [["--seeds", "0"], ["--seeds", "-1"], ["--num-images", "1"]])
+def test_bad_input_is_one_line(flags):
+    with pytest.raises(SystemExit, match="expected at least 1 seed and 2 images"):
+        reproduce.main(reproduce.parse_args(["all", *flags, "--dry-run"]))
 
 
 @pytest.fixture
@@ -102,7 +133,7 @@ def test_instance_table4_at_reduced_size(small, tmp_path, monkeypatch, capsys):
 
 
 def test_one_row_of_doco_table1(small):
-    flags = ["--steps", "2", "--num-images", "1", "--seeds", "1"]
+    flags = ["--steps", "2", "--num-images", "2", "--seeds", "1"]
     text = (small("doco-table1", "--rows", "Erasing Grumpy Cat and pizza and flag", *flags) / "doco-table1.md").read_text()
     row = next(line for line in text.splitlines() if line.startswith("| DoCo"))
     assert row.count("|") == 1 + 1 + 4 * 3 + 3 and "| original |" in text and "unlearning styles" not in text
