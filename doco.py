@@ -325,7 +325,7 @@ def unlearn(args):
     settings = vars(args) | {"steps": [steps, warmup], "batch_size": batch, "lr": [lr, disc_lr], "resolution": size * scale}
     resumable = ("resume", "out", "save_pipeline", "gradient_checkpointing")  # these may change
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in settings.items() if k not in resumable}
-    settings["contents of --model"] = fingerprint(unet, emb, alpha_bar)
+    settings["contents of --model"] = fingerprint(unet, pipe.text_encoder, alpha_bar)
     settings["contents of --prompts"] = fingerprint(pairs)
     if args.init and (args.init / "delta.safetensors").is_file():
         settings["contents of --init"] = fingerprint(args.init / "delta.safetensors")

@@ -425,7 +425,7 @@ def unlearn(args):
     resumable = ("resume", "out", "save_pipeline", "gradient_checkpointing")  # these may change
     settings = {k: [str(x) for x in v] if isinstance(v, list) else v for k, v in (vars(args) | resolved).items()
                 if k not in resumable}  # fmt: skip
-    settings["contents of --model"] = fingerprint(net, cond, null, edit, alpha_bar, recipe)
+    settings["contents of --model"] = fingerprint(net, getattr(pipe, "vae", None), cond, null, edit, alpha_bar, recipe)
     settings["contents of --forget"] = fingerprint(*args.forget)
     settings["contents of --surrogate"] = fingerprint(*(Path(s) for s, k in zip(surrogates, kinds, strict=True)
                                                         if k is None and Path(s).is_file()))  # fmt: skip

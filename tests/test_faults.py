@@ -1,8 +1,11 @@
 """What goes wrong on real machines, for doco.py and instance_unlearn.py alike: one line, nothing lost, the same weights."""
 
+import json
 import os
 import random
+import re
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -14,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import common
 import doco
 import instance_unlearn
 
@@ -111,14 +115,15 @@ def test_killed_at_random_moments(script):
 
 def test_killed_in_the_middle_of_a_save(script):
     half = """
-save, saved = m.save_file, []
+import common
+save, saved = common.save_file, []
 def save_half(tensors, path, metadata=None):
     save(tensors, path, metadata)
     saved.append(path)
     if len([p for p in saved if 'checkpoint' in str(p)]) == 3:
         os.truncate(path, os.path.getsize(path) // 2)
         os.kill(os.getpid(), signal.SIGKILL)
-m.save_file = save_half"""
+common.save_file = save_half"""
     run = program(script, half, "cut")
     run.communicate()
     assert run.returncode == -signal.SIGKILL and (script.folder / "cut/checkpoint.safetensors.tmp").exists()
@@ -161,8 +166,8 @@ def test_full_disk_at_the_very_end_keeps_the_checkpoint(script, monkeypatch):
     def no_room(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    target = doco if script.name == "doco" else instance_unlearn.DDPMPipeline
-    name, save = ("save_file", doco.save_file) if script.name == "doco" else ("save_pretrained", None)
+    target = common if script.name == "doco" else instance_unlearn.DDPMPipeline
+    name, save = ("save_file", common.save_file) if script.name == "doco" else ("save_pretrained", None)
     fail = no_room if save is None else lambda t, p, m=None: no_room() if "delta" in str(p) else save(t, p, m)
     monkeypatch.setattr(target, name, fail)
     with pytest.raises(SystemExit, match=r"cannot be written .*No space left"):
@@ -182,7 +187,7 @@ def test_a_damaged_or_foreign_checkpoint_is_one_line(script, monkeypatch, damage
     else:
         save_file({n: torch.zeros(*t.shape, 2) for n, t in load_file(file).items()}, file, {"step": "20"})
     content = file.read_bytes()
-    with pytest.raises(SystemExit, match=r"checkpoint\.safetensors is damaged or of another run .*delete it") as e:
+    with pytest.raises(SystemExit, match=r"checkpoint\.safetensors is corrupted or belongs to .*delete it") as e:
         script.unlearn("--resume")
     assert "\n" not in str(e.value) and file.read_bytes() == content
 
@@ -193,7 +198,7 @@ def test_damaged_anchor_pictures_are_one_line(script, monkeypatch):
     run = stopped(script, monkeypatch)
     cache = run / ("anchor_latents.safetensors" if script.name == "doco" else "remember.safetensors")
     cache.write_bytes(cache.read_bytes()[:100])
-    with pytest.raises(SystemExit, match=r"safetensors is damaged or of another run"):
+    with pytest.raises(SystemExit, match=r"safetensors is corrupted or belongs to a different run"):
         script.unlearn("--resume")
 
 
@@ -202,7 +207,7 @@ def test_damaged_anchor_pictures_are_one_line(script, monkeypatch):
 
 def test_two_runs_in_one_folder_are_refused(script):
     (script.folder / "run").mkdir()
-    lock = script.module.claim(script.folder / "run")
+    lock = common.lock_run_dir(script.folder / "run")
     with pytest.raises(SystemExit, match="is in use by another run; choose another --out"):
         script.unlearn()
     lock.close()
@@ -221,12 +226,13 @@ def test_three_processes_equal_one_and_each_other_bitwise(script, monkeypatch):
         script.argv[script.argv.index("--remember") + 1] = "generate:20"
     script.argv[script.argv.index("--steps") + 1] = "8"
     each = """
+import common
 made, grads, adam, write, destroy = [], [], m.torch.optim.AdamW, m.write_grad, m.dist.destroy_process_group
 m.torch.optim.AdamW = lambda params, **k: (made.extend(params), adam(params, **k))[1]
 m.write_grad = lambda ps, g: (grads.append(g) if len(g) == sum(p.numel() for p in made) else None, write(ps, g))
 def keep():
     named = {str(i): p.detach().contiguous() for i, p in enumerate(made)}
-    m.save_file(named | {'first gradient': grads[0]}, m.Path(sys.argv[0]).with_suffix(f'.{rank}'))
+    common.save_file(named | {'first gradient': grads[0]}, m.Path(sys.argv[0]).with_suffix(f'.{rank}'))
     destroy()
 m.dist.destroy_process_group = keep"""
     run = program(script, each, "three", processes=3)
@@ -318,3 +324,233 @@ def test_compiled_it_learns_the_same(script, monkeypatch):
     script.argv[script.argv.index("--steps") + 1] = "6"
     plain, compiled = script.unlearn(out="plain"), script.unlearn("--compile", out="compiled")
     assert graphs and largest_difference(plain, compiled) < 1e-5
+
+
+# ---- resumed with other contents under the same names ---------------------------------------------------------------
+
+
+def change_prompts(script):
+    (script.folder / "prompts.txt").write_text("one cat\n")
+
+
+def change_model(script):
+    file = script.folder / "model/unet/diffusion_pytorch_model.safetensors"
+    save_file({n: t * 1.01 for n, t in load_file(file).items()}, file)
+
+
+def change_schedule(script):
+    file = script.folder / "model/scheduler/scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"beta_end": 0.015}))
+
+
+def change_picture(script):
+    shutil.copy(script.folder / "set/b.png", script.folder / "forget.png")
+
+
+def change_surrogate(script):
+    shutil.copy(script.folder / "set/c.png", script.folder / "edited.png")
+
+
+def change_set(script):
+    shutil.copy(script.folder / "set/c.png", script.folder / "set/b.png")
+
+
+CHANGES = [("doco", change_prompts, "--prompts"), ("doco", change_model, "--model"), ("doco", change_schedule, "--model"),
+           ("instance", change_model, "--model"), ("instance", change_schedule, "--model"),
+           ("instance", change_set, "--remember"), ("instance", change_picture, "--forget"), ("instance", change_surrogate, "--surrogate")]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "change", "flag"), CHANGES)
+def test_resume_compares_contents_not_names(name, change, flag, request, tiny, tiny_ddpm, photos, tmp_path, monkeypatch):
+    """The same paths, other files: the run must not go on with half of one and half of the other."""
+    shutil.copytree(tiny if name == "doco" else tiny_ddpm, tmp_path / "model")
+    shutil.copytree(photos, tmp_path / "set")
+    shutil.copy(photos / "a.png", tmp_path / "forget.png")
+    shutil.copy(photos / "d.png", tmp_path / "edited.png")
+    (tmp_path / "prompts.txt").write_text("a cat\na photo of a cat\n")
+    module = {"doco": doco, "instance": instance_unlearn}[name]
+    argv = ["--target", "Grumpy Cat", "--anchor", "cat", "--prompts", str(tmp_path / "prompts.txt"), *STEPS["doco"]]
+    if name == "instance":
+        argv = ["--forget", str(tmp_path / "forget.png"), "--remember", str(tmp_path / "set"), *STEPS["instance"]]
+        argv += ["--surrogate", str(tmp_path / "edited.png")]
+    argv += ["--model", str(tmp_path / "model"), "--batch-size", "2"]
+    script = SimpleNamespace(name=name, module=module, argv=argv, folder=tmp_path)
+    script.unlearn = lambda *f, out="run": module.unlearn(module.parse_args([*argv, "--out", str(tmp_path / out), *f]))
+    stopped(script, monkeypatch)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    change(script)
+    with pytest.raises(SystemExit, match=rf"was begun with other settings \(contents of {flag}\)"):
+        script.unlearn("--resume")
+
+
+def test_images_of_another_model_are_not_used(script, tiny, tmp_path):
+    """A run that failed after it had sampled its images leaves them; with another seed they are sampled anew."""
+    cache = script.folder / "run" / ("anchor_latents.safetensors" if script.name == "doco" else "remember.safetensors")
+    script.argv += ["--remember", "generate:4"] if script.name == "instance" else []
+    with pytest.raises(SystemExit, match="not finite"):
+        script.unlearn("--lr", "1e30")
+    (script.folder / "run/checkpoint.safetensors").unlink(missing_ok=True)
+    first = next(iter(load_file(cache).values()))
+    run = script.unlearn("--seed", "1")
+    assert not torch.equal(first, next(iter(load_file(cache).values())))
+    assert largest_difference(run, script.unlearn("--seed", "1", out="clean")) == 0
+
+
+def test_a_run_that_failed_on_bad_input_refuses_nothing(script):
+    """It has written args.json but nothing that could be lost: the corrected command runs in the same folder."""
+    with pytest.raises(SystemExit, match="not finite"):
+        script.unlearn("--lr", "1e30", "--steps", "5", *(["1"] if script.name == "doco" else []))
+    assert (script.folder / "run/args.json").exists()
+    script.unlearn("--steps", "5", *(["1"] if script.name == "doco" else []))
+
+
+def test_several_machines_without_a_shared_disk_say_what_is_missing(script):
+    """Two ranks, each with a disk of its own: a fresh run works, a resumed one needs the checkpoint on both."""
+    script.argv[script.argv.index("--steps") + 1] = "20"
+    own = f"os.chdir(os.path.join({str(script.folder)!r}, f'machine-{{rank}}'))"
+    for rank in range(2):
+        (script.folder / f"machine-{rank}").mkdir()
+    stop_at_10 = own + """
+write, calls = m.write_grad, []
+def ask(*a):
+    calls.append(1)
+    if len(calls) == 3:
+        os.kill(os.getpid(), signal.SIGTERM)
+    write(*a)
+m.write_grad = ask"""
+    out = [*script.argv, "--out", "run"]
+    script.argv = out
+    script_run = lambda body, *flags: program(script, body, "unused", *flags, "--out", "run", processes=2)  # noqa: E731
+    run = script_run(stop_at_10)
+    _, errors = run.communicate(timeout=200)
+    assert "asked to end (SIGTERM) and saved after 10" in errors, errors
+    assert (script.folder / "machine-0/run/checkpoint.safetensors").exists()
+    assert not (script.folder / "machine-1/run/checkpoint.safetensors").exists()
+    run = script_run(own, "--resume")
+    _, errors = run.communicate(timeout=200)
+    assert run.returncode != 0 and "checkpoint.safetensors is None on rank 1" in errors, errors
+    assert "put the run folder on a shared disk, or copy it from rank 0's machine" in errors
+    shutil.copytree(script.folder / "machine-0/run", script.folder / "machine-1/run", dirs_exist_ok=True)
+    run = script_run(own, "--resume")
+    _, errors = run.communicate(timeout=200)
+    assert run.returncode == 0, errors
+    (script.folder / "machine-0/run/checkpoint.safetensors").unlink(missing_ok=True)
+
+
+def test_the_first_rank_alone_reads_what_was_sampled(script, monkeypatch):
+    """The images of an interrupted run lie on the first machine; the others get them from there."""
+    script.argv[script.argv.index("--steps") + 1] = "8"
+    if script.name == "instance":
+        script.argv[script.argv.index("--remember") + 1] = "generate:4"
+    one = script.unlearn(out="one")
+    cache = "anchor_latents.safetensors" if script.name == "doco" else "remember.safetensors"
+    for rank in range(2):
+        (script.folder / f"machine-{rank}/run").mkdir(parents=True)
+    shutil.copy(one / cache, script.folder / "machine-0/run")
+    refuse = f"""os.chdir(os.path.join({str(script.folder)!r}, f'machine-{{rank}}'))
+def sampled(*a, **k):
+    sys.exit('sampled again')
+m.sample_anchor_latents = m.draw_pool = sampled"""
+    run = program(script, refuse, "unused", "--out", "run", processes=2)
+    _, errors = run.communicate(timeout=200)
+    assert run.returncode == 0, errors
+    assert largest_difference(one, script.folder / "machine-0/run") < 1e-4
+
+
+# ---- the end of a run -------------------------------------------------------------------------------------------------
+
+
+def test_without_git_it_runs(script, monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    run = script.unlearn()
+    assert json.loads((run / "args.json").read_text())["commit"] == ""
+
+
+def test_an_evaluation_that_fails_is_not_a_success(capfd, tmp_path):
+    code = common.evaluate_run("concept", tmp_path / "no model", tmp_path, "--target", "a", "--anchor", "b")
+    errors = capfd.readouterr().err
+    assert code == 1 and "the run itself is complete; evaluate it again with:\n  python" in errors
+
+
+def test_the_evaluation_does_not_see_torchrun(monkeypatch):
+    torchrun = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0", "ROLE_RANK": "0",
+                "ROLE_NAME": "default", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500", "TORCHELASTIC_RUN_ID": "none",
+                "TORCHELASTIC_USE_AGENT_STORE": "True", "OMP_NUM_THREADS": "1", "GROUP_WORLD_SIZE": "1"}  # fmt: skip
+    for name, value in torchrun.items():
+        monkeypatch.setenv(name, value)
+    env = common.single_process_env()
+    assert not env.keys() & torchrun.keys() and env["PATH"] == os.environ["PATH"]
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")  # one process: torchrun has set no number of threads, the user has
+    assert common.single_process_env()["OMP_NUM_THREADS"] == "1"
+
+
+def test_the_weights_are_saved_before_the_pipeline(tiny, tiny_sd3, photos, tmp_path, monkeypatch):
+    """A safety checker that has gone, a hub that does not answer: the training is not lost, --resume writes the pipeline."""
+    doco_argv = ["--model", str(tiny), "--target", "Grumpy Cat", "--anchor", "Cat", "--steps", "4", "1", "--batch-size", "2"]
+    instance_argv = ["--model", str(tiny_sd3), "--forget", str(photos / "a.png"), "--remember", "generate:4", "--steps", "2"]
+    instance_argv += ["--surrogate", "flip", "--batch-size", "2"]
+    for module, argv, file in ((doco, doco_argv, "delta.safetensors"),
+                               (instance_unlearn, instance_argv, "pytorch_lora_weights.safetensors")):  # fmt: skip
+        run, load = tmp_path / module.__name__, module.load_pipeline
+
+        def gone(model, *args, load=load, **kwargs):
+            return common.fail("no network") if kwargs.get("safety_checker") else load(model, *args, **kwargs)
+
+        args = module.parse_args([*argv, "--out", str(run), "--save-pipeline"])
+        with monkeypatch.context() as m:
+            m.setattr(module, "load_pipeline", gone)
+            with pytest.raises(SystemExit, match="no network"):
+                module.unlearn(args)
+        assert (run / file).exists() and not (run / "pipeline").exists()
+        before = (run / file).read_bytes()
+        module.unlearn(module.parse_args([*argv, "--out", str(run), "--save-pipeline", "--resume"]))
+        assert (run / "pipeline/model_index.json").exists() and (run / file).read_bytes() == before
+
+
+def test_an_error_without_text_is_one_line():
+    assert common.first_line(TimeoutError()) == "TimeoutError" and common.first_line(ValueError("a\nb")) == "a"
+    with pytest.raises(SystemExit, match=r"x is corrupted or belongs to a different run \(TimeoutError: TimeoutError\)"):
+        common.load_or_fail("x", lambda: (_ for _ in ()).throw(TimeoutError()))
+
+
+# ---- names of folders, pickles ----------------------------------------------------------------------------------------
+
+
+def test_folders_of_runs():
+    assert common.run_name("doco", ["Grumpy Cat"]) == "doco-grumpy-cat"
+    assert common.run_name("doco", ["flag of japan", "pizza"]) == "doco-flag-of-japan-pizza"
+    strange = ["猫", "кот", "!!!", "?!", "C++", "C", "x" * 300, "x" * 301, "Café", "Cafe"]
+    names = [common.run_name("doco", [s]) for s in strange]
+    assert len(set(names)) == len(names)
+    assert all(re.fullmatch(r"doco-[a-z0-9-]{1,85}", name) for name in names), names
+    assert common.run_name("doco", ["C"]) == "doco-c"
+
+
+def test_files_of_a_run_can_be_read_by_others(script):
+    run = script.unlearn()
+    mask = os.umask(0)
+    os.umask(mask)
+    assert {f.stat().st_mode & 0o777 for f in run.rglob("*.safetensors") if f.parent == run} <= {0o666 & ~mask}
+
+
+def test_a_pickled_model_can_be_converted_by_the_line_that_is_printed(tiny_ddpm, photos, tmp_path, monkeypatch):
+    shutil.copytree(tiny_ddpm, tmp_path / "pickled")
+    file = tmp_path / "pickled/unet/diffusion_pytorch_model.safetensors"
+    torch.save(load_file(file), file.with_suffix(".bin"))
+    file.unlink()
+    with pytest.raises(SystemExit, match="convert it once: python -c") as e:
+        common.load_pipeline(str(tmp_path / "pickled"))
+    assert "\n" not in str(e.value)
+    line = re.search(r'convert it once: (python -c ".*"), then --model converted', str(e.value))[1]
+    subprocess.run(shlex.split(line.replace("python", sys.executable, 1)), cwd=tmp_path, check=True)
+    assert torch.equal(common.load_pipeline(str(tmp_path / "converted")).unet.conv_in.weight,
+                       common.load_pipeline(str(tiny_ddpm)).unet.conv_in.weight)  # fmt: skip
+
+
+def test_a_pickled_model_on_the_hub_says_so(monkeypatch):
+    """As google/ddpm-celebahq-256 may be: the list of its files is asked for, none of them is opened."""
+    files = ["model_index.json", "unet/config.json", "unet/diffusion_pytorch_model.bin", "scheduler/scheduler_config.json"]
+    monkeypatch.setattr(common.HfApi, "list_repo_files", lambda self, model: files)
+    with pytest.raises(SystemExit, match=r"google/ddpm-celebahq-256: unet/diffusion_pytorch_model\.bin is a pickle") as e:
+        common.load_pipeline("google/ddpm-celebahq-256")
+    assert "from diffusers import DDPMPipeline; DDPMPipeline.from_pretrained('google/ddpm-celebahq-256'" in str(e.value)

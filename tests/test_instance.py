@@ -13,9 +13,11 @@ import torch
 from diffusers import (
     DDIMScheduler,
     DDPMPipeline,
+    DDPMScheduler,
     FlowMatchEulerDiscreteScheduler,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
+    UNet2DModel,
 )
 from PIL import Image
 from safetensors.torch import load_file
@@ -152,8 +154,20 @@ def test_times_of_flow_matching_are_those_it_was_trained_on():
 
 def test_what_shows_a_picture_to_forget_is_left_out():
     x_f = torch.zeros(1, 1, 2, 2)
-    pool = torch.tensor([0.1, 1.0, 1.1, 0.9, 0.5]).view(5, 1, 1, 1).expand(5, 1, 2, 2)  # median distance 0.9
-    assert method.leave_out(pool, x_f)[:, 0, 0, 0].tolist() == pytest.approx([1.0, 1.1, 0.9])
+    pool = torch.tensor([0.1, 1.0, 1.1, 0.9, 0.5]).view(5, 1, 1, 1).expand(5, 1, 2, 2)
+    assert method.leave_out(pool, x_f, pool)[:, 0, 0, 0].tolist() == pytest.approx([1.0, 1.1, 0.9])
+
+
+@pytest.mark.parametrize("copies", [18, 50, 80, 100])
+def test_what_shows_a_picture_to_forget_is_left_out_however_often_it_is_drawn(copies):
+    """The threshold comes from other samples: of a pool that is full of copies, none is kept."""
+    g = torch.Generator().manual_seed(0)
+    x_f, others = torch.randn(1, 4, 8, 8, generator=g), torch.randn(100, 4, 8, 8, generator=g)
+    pool = torch.cat([x_f + 0.1 * torch.randn(copies, 4, 8, 8, generator=g), others[copies:]])
+    kept = method.leave_out(pool, x_f, torch.randn(16, 4, 8, 8, generator=g))
+    assert torch.equal(kept, others[copies:])
+    if 50 <= copies < 75:  # a DDPM has no prompt to leave empty: its own samples are the reference, and most may be copies
+        assert torch.equal(method.leave_out(pool, x_f, pool), others[copies:])
 
 
 # ---- surrogates and what is remembered --------------------------------------------------------------------------
@@ -189,12 +203,50 @@ def test_each_surrogate_leads_elsewhere(forget, photos):
     assert differ(runs[0], runs[1]) and differ(runs[1], runs[2]) and differ(runs[0], runs[2])
 
 
-def test_the_picture_to_forget_is_not_remembered(forget, photos, monkeypatch):
-    seen = set()
-    read = method.read_any
-    monkeypatch.setattr(method, "read_any", lambda path, size: (seen.add(path.name), read(path, size))[1])
-    forget("--steps", "8", "--surrogate", "flip")
-    assert seen == {"b.png", "c.png", "d.png", "large.png"}
+def test_the_picture_to_forget_is_not_remembered(photos, tmp_path):
+    """Not as another file of the same pixels, not as a JPEG, not at four times the size; others stay."""
+    for f in photos.iterdir():
+        shutil.copy(f, tmp_path)
+    image = Image.open(photos / "a.png")
+    image.save(tmp_path / "again.png", compress_level=1)
+    image.save(tmp_path / "again.jpg", quality=90, subsampling=0)
+    files = method.list_images(tmp_path)
+    assert len(files) == 7
+    kept = method.without_forgotten(files, pixels(photos / "a.png")[None], 16)
+    assert [f.name for f in kept] == ["b.png", "c.png", "d.png", "large.png"]
+    Image.open(photos / "large.png").resize((16, 16), Image.BICUBIC).save(tmp_path / "small.png")  # by another filter than ours
+    kept = method.without_forgotten(files, pixels(tmp_path / "small.png")[None], 16)
+    assert [f.name for f in kept] == ["a.png", "again.jpg", "again.png", "b.png", "c.png", "d.png"]
+    assert not (photos / "a.png").read_bytes() == (tmp_path / "again.png").read_bytes()
+
+
+def test_emoji_that_look_alike_are_told_apart():
+    """The nearest two of all different emoji: one is forgotten, the other stays."""
+    folder = method.REPO / "emoji/creatures"
+    one, other = (folder / f"fluent-{n}.png" for n in ("grinning-cat", "grinning-cat-with-smiling-eyes"))
+    assert method.without_forgotten([one, other], pixels(one)[None], 32) == [other]
+
+
+def test_pictures_are_read_upright_on_white_and_in_16_bits(tmp_path):
+    quarters = Image.new("RGB", (32, 32), "red")
+    quarters.paste("blue", (0, 0, 32, 8))  # a blue strip above
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: rotate by 270 degrees to see it upright
+    quarters.rotate(90).save(tmp_path / "turned.jpg", exif=exif, quality=95)
+    x = method.read_any(tmp_path / "turned.jpg", 32)
+    assert x[2, 3, 16] > 0.5 > x[0, 3, 16] and x[0, 20, 16] > 0.5 > x[2, 20, 16]
+    torch.testing.assert_close(method.read_exact(tmp_path / "turned.jpg", 32, "--forget"), x)
+
+    clear = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
+    clear.putpixel((4, 4), (255, 0, 0, 255))
+    clear.save(tmp_path / "clear.png")
+    x = method.read_any(tmp_path / "clear.png", 8)
+    assert x[:, 0, 0].tolist() == [1, 1, 1] and x[:, 4, 4].tolist() == [1, -1, -1]
+    clear.quantize(4).save(tmp_path / "palette.png")
+    assert method.read_any(tmp_path / "palette.png", 8)[:, 0, 0].tolist() == [1, 1, 1]
+
+    Image.new("I;16", (8, 8), 32896).save(tmp_path / "grey16.png")  # 128 of 255
+    assert method.read_any(tmp_path / "grey16.png", 8)[0, 0, 0].item() == pytest.approx(128 / 127.5 - 1, abs=0.01)
 
 
 def test_generated_pictures_are_kept_for_a_resumed_run(forget):
@@ -288,7 +340,8 @@ def test_every_switch_changes_the_result(forget, flags):
     assert differ(forget(*common, out="plain"), forget(*common, *flags, out="other"))
 
 
-def test_rate_falls_to_zero_for_each_picture_in_the_small_recipe_alone(forget, photos, monkeypatch):
+def test_both_remedies_are_the_small_recipe_alone(forget, photos, tmp_path, monkeypatch):
+    """The rate falls for each picture, and a batch's timesteps are stratified; at the papers' size, neither."""
     rates = []
     step = torch.optim.AdamW.step
     spy = lambda self, *a: (rates.append(self.param_groups[0]["lr"]), step(self, *a))[1]  # noqa: E731
@@ -296,9 +349,28 @@ def test_rate_falls_to_zero_for_each_picture_in_the_small_recipe_alone(forget, p
     forget("--steps", "4", "--lr", "1e-3", "--surrogate", "flip", picture=[photos / "a.png", photos / "b.png"])
     assert rates == pytest.approx([1e-3, 7.5e-4, 5e-4, 2.5e-4] * 2)
     rates.clear()
-    monkeypatch.setattr(method, "SMALL", method.PAPER)
-    forget("--steps", "3", "--surrogate", "flip", out="paper")
-    assert rates == [5e-6] * 3
+    forget("--steps", "3", "--surrogate", "flip", "--lr", "1e-3", "--lr-scheduler", "constant", out="constant")
+    assert rates == [1e-3] * 3
+    rates.clear()
+
+    unet = UNet2DModel(sample_size=72, block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4,
+                       down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2)  # fmt: skip
+    DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path / "large")
+    Image.open(photos / "large.png").resize((72, 72)).save(tmp_path / "picture.png")
+    stratified, draw = [], method.draw_times
+    monkeypatch.setattr(method, "draw_times", lambda n, s, g, spread: (stratified.append(spread), draw(n, s, g, spread))[1])
+    forget("--steps", "3", "--surrogate", "flip", out="paper", model=tmp_path / "large", picture=[tmp_path / "picture.png"])
+    assert rates == [5e-6] * 3 and stratified == [False] * 3
+    forget("--steps", "3", "--surrogate", "flip", out="small")
+    assert stratified[3:] == [True] * 3
+
+
+def test_independent_timesteps_are_independent():
+    g = torch.Generator().manual_seed(0)
+    t = torch.stack([method.draw_times(8, None, g, stratified=False) for _ in range(500)])
+    assert t.min() >= 0 and t.max() <= 999 and abs(t.float().mean() - 499.5) < 15
+    eighths = torch.stack([torch.bincount(row // 125, minlength=8) for row in t])
+    assert (eighths > 1).any(1).float().mean() > 0.9  # stratified, none would hold two
 
 
 def test_surgery_matters_once_the_gradients_conflict(forget, photos):
@@ -443,9 +515,8 @@ def test_a_broken_picture_to_remember_is_one_line(forget, photos, tmp_path):
 
 
 def test_a_finished_or_different_run_is_never_overwritten(forget):
-    run = forget("--steps", "1", "--surrogate", "flip")
+    forget("--steps", "1", "--surrogate", "flip")
     with pytest.raises(SystemExit, match="already holds a run"):
         forget("--steps", "1", "--surrogate", "flip")
-    (run / "pipeline").rename(run / "gone")
     with pytest.raises(SystemExit, match=r"other settings \(seed\)"):
         forget("--steps", "1", "--surrogate", "flip", "--resume", "--seed", "1")
