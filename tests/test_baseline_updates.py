@@ -586,7 +586,7 @@ def check_siss(module, place, case="last"):
     full, large = case == "full", case == "large"
     folder = large_ddpm(place) if large else place.ddpm
     steps, batch, lam, side = (1, 6, 0.3, 72) if large else (2, 3, 0.3, 16)
-    two, s = ("a", "c") if full else ("a",), 0.02 if case == "last" else None
+    two, s = ("a", "c") if full else ("a",), 300 if case == "last" else None
     flags = instance_flags(place, folder, steps, batch, two, full, full)
     if large:
         flags[flags.index("--forget") + 1] = enlarged(place)["a"]
@@ -615,7 +615,7 @@ def check_siss(module, place, case="last"):
             loss_r += (q_r - mixture).exp().float() * ((m - a * x_r[j]) / b - says).square().sum() / batch
             loss_f += (q_f - mixture).exp().float() * ((m - a * x_f[k]) / b - says).square().sum() / batch
         g_r, g_f = grads_of(loss_r, params, retain_graph=True), grads_of(loss_f, params)
-        fixed = 0.1 * norm(g_r) if s is None else s * 1.0
+        fixed = 0.1 * norm(g_r) if s is None else s
         both = [r - fixed * f / norm(g_f) for r, f in zip(g_r, g_f, strict=True)]
         assert norm(both) > 1
         return clipped(both)
