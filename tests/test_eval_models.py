@@ -144,7 +144,10 @@ def test_a_pickle_beside_a_broken_lora_is_not_read(tiny, tmp_path, monkeypatch):
     StableDiffusionPipeline.save_lora_weights(tmp_path, unet_lora_layers=layers, safe_serialization=False)
     assert (tmp_path / "pytorch_lora_weights.bin").exists()
     (tmp_path / "pytorch_lora_weights.safetensors").write_bytes(b"cut off")
+    load, asked = drawer.pipe.load_lora_weights, []
+    monkeypatch.setattr(drawer.pipe, "load_lora_weights", lambda *a, **what: asked.append(what) or load(*a, **what))
     assert "pytorch_lora_weights.safetensors cannot be loaded" in stopped(lambda: drawer.become(tmp_path), monkeypatch)
+    assert asked[0]["use_safetensors"] is True  # left out, diffusers may look for a pickle
 
 
 def test_weights_of_another_shape_are_one_line(tiny, tmp_path, monkeypatch):
