@@ -304,3 +304,62 @@ def test_a_finished_or_different_run_is_never_overwritten(unlearn, tmp_path):
         unlearn("--steps", "2", "1")
     with pytest.raises(SystemExit, match=r"other settings \(seed\)"):
         unlearn("--steps", "2", "1", "--resume", "--seed", "1")
+
+
+# ---- several targets, few images -----------------------------------------------------------------------------------
+
+
+def lines(n, word):
+    return "".join(f"a {word} number {k}\n" for k in range(n))
+
+
+@pytest.mark.parametrize(("n_lines", "targets", "images"), [(200, 6, 1000), (1000, 2, 1000), (64, 2, 64), (12, 6, 64)])
+def test_no_target_is_left_out_where_images_are_few(tmp_path, n_lines, targets, images):
+    """Listed target by target, the sixth of six would get no image at all, and the second of two none."""
+    (tmp_path / "prompts.txt").write_text(lines(n_lines, "cat"))
+    names = [f"Tom{k}" for k in range(targets)]
+    argv = ["--target", *names, "--anchor", "cat", "--prompts", str(tmp_path / "prompts.txt")]
+    pairs = doco.prompt_pairs(doco.parse_args(argv))
+    assert len(pairs) == n_lines * targets
+    per_target = [sum(name in pairs[j % len(pairs)][1][0] for j in range(images)) for name in names]
+    assert max(per_target) - min(per_target) <= 1 and sum(per_target) == images
+
+
+def test_pairs_without_an_image_are_named_and_targets_without_one_are_refused(capsys):
+    pairs = [("a", ["b"])] * 10
+    doco.check_coverage(pairs, 10, 2)
+    assert capsys.readouterr().err == ""
+    doco.check_coverage(pairs, 8, 2)
+    says = "warning: 2 of 10 pairs of prompt and target are not trained, for there are 8 anchor images"
+    assert says in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="3 targets but 2 anchor images; raise --steps or --batch-size"):
+        doco.check_coverage(pairs, 2, 3)
+
+
+def test_other_models_are_not_asked_for_emoji():
+    argv = ["--target", "Snoopy", "--anchor", "Dog"]
+    own = doco.prompt_pairs(doco.parse_args(argv))
+    other = doco.prompt_pairs(doco.parse_args([*argv, "--model", "CompVis/stable-diffusion-v1-4"]))
+    assert sum("emoji" in a for a, _ in own) == 2 and len(own) == 12
+    assert not any("emoji" in a for a, _ in other) and len(other) == 10
+
+
+def test_project_step_goes_with_eq_10(tiny, tmp_path):
+    argv = ["--model", str(tiny), "--target", "A", "--anchor", "B", "--out", str(tmp_path / "x"), "--project", "step"]
+    with pytest.raises(SystemExit, match="--project step goes with --retain cp, not with --retain l2"):
+        doco.unlearn(doco.parse_args([*argv, "--retain", "l2"]))
+
+
+def test_log_is_of_the_whole_batch(tiny, tmp_path, unlearn):
+    """Losses are means over all ranks' images, and conflict is the fraction of the iterations since the last row."""
+    flags = ["--steps", "15", "2", "--seed", "3"]
+    one = unlearn(*flags, out="one")
+    argv = ["--model", str(tiny), "--target", "Grumpy Cat", "--anchor", "Cat", "--batch-size", "4"]
+    result = launch(2, tmp_path, *argv, "--out", str(tmp_path / "two"), *flags)
+    assert result.returncode == 0, result.stderr
+    a, b = ([json.loads(row) for row in (run / "log.jsonl").read_text().splitlines()] for run in (one, tmp_path / "two"))
+    assert [row["step"] for row in a] == [9, 14]
+    for x, y in zip(a, b, strict=True):
+        assert x.keys() == y.keys() and {"loss_d", "loss_u", "loss_r", "cos_step"} <= x.keys()
+        assert all(abs(x[k] - y[k]) < 1e-4 * (1 + abs(x[k])) for k in x), (x, y)
+    assert {round(row["conflict"] * n, 6) for row, n in zip(a, (8, 5), strict=True)} <= set(range(9))

@@ -5,8 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline
+from diffusers import DDIMScheduler, StableDiffusion3Pipeline, StableDiffusionPipeline
 from PIL import Image
+from transformers import CLIPTextConfig, CLIPTextModel
 
 import eval as evaluation
 import instance_unlearn
@@ -161,3 +162,21 @@ def test_one_counted_row_is_256_rows(sd3):
     sd3.transformer.set_attn_processor(processors)
     assert rows.shape[1] == 288 and short.shape[1] == 33
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_configs_say_float32_and_no_clipping():
+    """In plain diffusers, all components come in one dtype, and no sampler made from these configs clips latents."""
+    for config in EMOJI.glob("*/**/config.json"):
+        assert json.loads(config.read_text()).get("dtype", "float32") == "float32", config
+    pipe = StableDiffusionPipeline.from_pretrained(EMOJI / "sd")
+    assert {p.dtype for m in (pipe.unet, pipe.vae, pipe.text_encoder) for p in m.parameters()} == {torch.float32}
+    assert DDIMScheduler.from_config(pipe.scheduler.config).config.clip_sample is False
+
+
+def test_saved_in_half_loaded_in_float(tmp_path):
+    small = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, vocab_size=9)
+    net = CLIPTextModel(CLIPTextConfig(**small))
+    train.half(net).save_pretrained(tmp_path / "text_encoder")
+    assert CLIPTextModel.from_pretrained(tmp_path / "text_encoder").dtype == torch.float16
+    train.load_in_float(tmp_path)
+    assert CLIPTextModel.from_pretrained(tmp_path / "text_encoder").dtype == torch.float32

@@ -249,7 +249,7 @@ m.dist.destroy_process_group = keep"""
     cache = "anchor_latents.safetensors" if script.name == "doco" else "remember.safetensors"
     a, b = (next(iter(load_file(folder / cache).values())) for folder in (one, script.folder / "three"))
     torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
-    torch.testing.assert_close(grads[0], ranks[0]["first gradient"], rtol=0, atol=5e-6 * grads[0].abs().max().item())
+    torch.testing.assert_close(grads[0], ranks[0]["first gradient"], rtol=0, atol=5e-5 * grads[0].abs().max().item())
     # Where a gradient is nothing but rounding, as a bias's before a normalisation, Adam makes a part of a step (6e-5) of it
     assert largest_difference(one, script.folder / "three") < (1e-6 if script.name == "doco" else 3e-5)
 
@@ -357,7 +357,8 @@ def change_set(script):
 
 CHANGES = [("doco", change_prompts, "--prompts"), ("doco", change_model, "--model"), ("doco", change_schedule, "--model"),
            ("instance", change_model, "--model"), ("instance", change_schedule, "--model"),
-           ("instance", change_set, "--remember"), ("instance", change_picture, "--forget"), ("instance", change_surrogate, "--surrogate")]  # fmt: skip
+           ("instance", change_set, "--remember"), ("instance", change_picture, "--forget"),
+           ("instance", change_surrogate, "--surrogate")]  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "change", "flag"), CHANGES)

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 
 import pytest
 import torch
@@ -21,7 +22,9 @@ from diffusers import (
 )
 from PIL import Image
 from safetensors.torch import load_file
+from transformers import T5Config, T5EncoderModel
 
+import common
 import instance_unlearn as method
 from gradsurgery import forget_only, pcgrad
 
@@ -520,3 +523,39 @@ def test_a_finished_or_different_run_is_never_overwritten(forget):
         forget("--steps", "1", "--surrogate", "flip")
     with pytest.raises(SystemExit, match=r"other settings \(seed\)"):
         forget("--steps", "1", "--surrogate", "flip", "--resume", "--seed", "1")
+
+
+def test_a_users_own_small_model_is_not_taught_emoji(tiny_ddpm, photos, tmp_path):
+    """The emoji's images are the default of the model in emoji/ alone; any other draws what it is to remember."""
+    argv = ["--model", str(tiny_ddpm), "--forget", str(photos / "a.png"), "--surrogate", "flip", "--steps", "1"]
+    run = method.unlearn(method.parse_args([*argv, "--batch-size", "2", "--out", str(tmp_path / "run")]))
+    assert json.loads((run / "args.json").read_text())["settings"]["remember"] == "generate:100"
+
+
+def test_text_encoders_are_gone_before_the_network_is_trained(forget, monkeypatch):
+    """Also T5, which is larger than all the rest: it is loaded in bfloat16."""
+    parts, alive, load, write = [], [], method.load_pipeline, method.write_grad
+
+    def watch(*args, **kwargs):
+        pipe = load(*args, **kwargs)
+        parts.extend(weakref.ref(getattr(pipe, name)) for name in ("text_encoder", "text_encoder_2"))
+        return pipe
+
+    monkeypatch.setattr(method, "load_pipeline", watch)
+    monkeypatch.setattr(method, "write_grad", lambda *a: (alive.append([part() is not None for part in parts]), write(*a)))
+    forget("--steps", "1", "--surrogate", "flip", "--remember", "generate:2", model="sd3")
+    assert alive == [[False, False]]
+
+
+def test_t5_is_loaded_in_bfloat16(tiny_sd3, tmp_path):
+    pipe = StableDiffusion3Pipeline.from_pretrained(tiny_sd3, text_encoder_3=None, tokenizer_3=None)
+    small = dict(d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=4, vocab_size=len(pipe.tokenizer))
+    pipe.register_modules(text_encoder_3=T5EncoderModel(T5Config(**small)), tokenizer_3=pipe.tokenizer)
+    pipe.save_pretrained(tmp_path / "t5")
+    pipe = common.load_pipeline(str(tmp_path / "t5"), dtype=torch.float32)
+    assert pipe.text_encoder_3.dtype == torch.bfloat16
+    assert {p.dtype for m in (pipe.transformer, pipe.vae, pipe.text_encoder, pipe.text_encoder_2) for p in m.parameters()} == {
+        torch.float32
+    }
+    rows, *_ = pipe.encode_prompt("a cat", None, None, do_classifier_free_guidance=False)
+    assert rows.dtype == torch.float32 and rows.shape[1] == 77 + 256 and rows[:, 77:].abs().max() > 0
