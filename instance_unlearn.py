@@ -591,7 +591,7 @@ def unlearn(args):
             optimizer.param_groups[0]["lr"] = lr * (1 - step % steps / steps)
         optimizer.step()
 
-        # -- log: every update is kept, every tenth waits for the device
+        # -- log: every update is kept, and read from the device at every tenth
         recent.append(torch.stack([error_r.mean(), error_f.mean(), *stats.values()]).detach())
         if (step + 1) % 10 == 0 or step + 1 == total:
             rows = torch.stack(recent)

@@ -15,7 +15,7 @@ Where several methods erase a concept, results/TABLE-pictures.png shows what the
 
 At the papers' size, --data is a folder with what cannot be downloaded from a hub: celebahq/ (the training pictures),
 robin-li.png, kate-del-castillo.png, elva-hsiao.png, ed-harris.png and ffhq.png (256x256, to forget), for each of them an
-edited NAME-edited.png, robin-li-edited-W.png for TediGAN's CLIP weights W, inception-2015-12-05.pt and sscd_disc_mixup.pt.
+edited NAME-edited.png, robin-li-edited-W.png for TediGAN's CLIP weights W, inception-2015-12-05.pt and sscd_disc_mixup.torchscript.pt.
 """
 
 import argparse
@@ -93,7 +93,7 @@ RIVALS = {"ESD": ("esd", "--steps", "1000", "--batch-size", "1"), "ConAbl": ("co
           "Forget-Me-Not": ("forget_me_not", "--steps", "35", "--batch-size", "1")}  # fmt: skip
 # What was tried on the small models: on the grumpy cat for concepts. The first of each is the script's default now.
 TRIED = {"ESD": ("--lr", "1e-4", "1e-5", "3e-5", "3e-4"), "ConAbl": ("--lr", "1e-4", "3e-5"),
-         "SPM": ("--lr", "3e-3", "3e-4", "1e-3"), "UCE": ("--lamb", "5", "0.1", "0.5", "50"),
+         "SPM": ("--lr", "3e-3", "3e-4", "1e-3"), "UCE": ("--lamb", "50", "0.1", "0.5", "5", "500"),
          "Forget-Me-Not": ("--lr", "3e-6", "1e-5")}  # fmt: skip
 
 
@@ -183,7 +183,7 @@ def instance_job(args, who, *flags, script="instance_unlearn.py"):
         model, real = ["--model", "google/ddpm-celebahq-256"], args.data / "celebahq"
         model += ["--remember", str(real)] if script != "baselines/duo.py" else []  # remembers nothing but pure noise
         score = ["--num-images", "10000", "--features", str(args.data / "inception-2015-12-05.pt"),
-                 "--sscd", str(args.data / "sscd_disc_mixup.pt")]  # fmt: skip
+                 "--sscd", str(args.data / "sscd_disc_mixup.torchscript.pt")]  # fmt: skip
     else:
         files = {"one": [*FOUR][:1], "another": [*FOUR][1:2], "four": [*FOUR]}.get(who, [])
         forget = [f"{CREATURES}/{f}.png" for f in files] or [str(args.runs / "twemoji-sun-with-face.png")]

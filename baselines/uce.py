@@ -42,7 +42,7 @@ def parse_args(argv=None):
     p.add_argument("--preserve", nargs="*", default=[], help="more to preserve, beside the anchor and the empty prompt")
     p.add_argument("--erase-scale", type=float, default=1.0, help="a, the weight of erasing")
     p.add_argument("--preserve-scale", type=float, help="b, the weight of preserving (default: 1 / their number, at least 0.1)")
-    p.add_argument("--lamb", type=float, help="lam, the weight of leaving all as it is (default: 0.5, for emoji/sd 5)")
+    p.add_argument("--lamb", type=float, help="lam, the weight of leaving all as it is (default: 0.5, for emoji/sd 50)")
     p.add_argument("--last-word", action="store_true", help="one vector of each prompt, its last word's")
     p.add_argument("--seed", type=int, default=0, help="of eval.py; the formula draws nothing")
     p.add_argument("--out", type=Path, help="run folder (default: runs/uce-TARGET)")
@@ -94,7 +94,7 @@ def unlearn(args):
     preserved = dict.fromkeys(["", *(a for a, _ in pairs), *args.preserve])
     preserve = [read(pipe, text, "last" if args.last_word else "all") for text in preserved]
     vectors = [torch.cat(part) for part in (erase, guide, preserve)]
-    lamb = (5.0 if pipe.unet.config.sample_size < 32 else 0.5) if args.lamb is None else args.lamb
+    lamb = (50.0 if pipe.unet.config.sample_size < 32 else 0.5) if args.lamb is None else args.lamb
     b = max(0.1, 1 / len(preserve)) if args.preserve_scale is None else args.preserve_scale
     scales = args.erase_scale, b, lamb
     weights = {n: p for n, p in pipe.unet.named_parameters() if re.search(TRAINED["kv"], n)}
