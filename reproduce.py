@@ -15,7 +15,8 @@ Where several methods erase a concept, results/TABLE-pictures.png shows what the
 
 At the papers' size, --data is a folder with what cannot be downloaded from a hub: celebahq/ (the training pictures),
 robin-li.png, kate-del-castillo.png, elva-hsiao.png, ed-harris.png and ffhq.png (256x256, to forget), for each of them an
-edited NAME-edited.png, robin-li-edited-W.png for TediGAN's CLIP weights W, inception-2015-12-05.pt and sscd_disc_mixup.torchscript.pt.
+edited NAME-edited.png, robin-li-edited-W.png for TediGAN's CLIP weights W, inception-2015-12-05.pt and
+sscd_disc_mixup.torchscript.pt.
 """
 
 import argparse
