@@ -93,7 +93,7 @@ RIVALS = {"ESD": ("esd", "--steps", "1000", "--batch-size", "1"), "ConAbl": ("co
           "SPM": ("spm", "--steps", "3000", "--batch-size", "1"), "UCE": ("uce",),
           "Forget-Me-Not": ("forget_me_not", "--steps", "35", "--batch-size", "1")}  # fmt: skip
 # What was tried on the small models: on the grumpy cat for concepts. The first of each is the script's default now.
-TRIED = {"ESD": ("--lr", "1e-4", "1e-5", "3e-5", "3e-4"), "ConAbl": ("--lr", "1e-4", "3e-5"),
+TRIED = {"ESD": ("--lr", "3e-4", "1e-4", "1e-3"), "ConAbl": ("--lr", "1e-4", "3e-5"),
          "SPM": ("--lr", "3e-3", "3e-4", "1e-3"), "UCE": ("--lamb", "50", "0.1", "0.5", "5", "500"),
          "Forget-Me-Not": ("--lr", "3e-6", "1e-5")}  # fmt: skip
 

@@ -36,7 +36,7 @@ from doco import TRAINED, prompt_pairs  # noqa: E402
 TRAINED = TRAINED | {"noxattn": r"^(?!.*(attn2\.|conv_out|conv_norm_out|time_embedding))"}
 # The paper's settings: batch 1, 50 steps of DDIM; doco.py's updates and batch for toys like emoji/sd, and a larger rate
 PAPER = dict(steps=1000, batch_size=1, lr=1e-5, paths=100, guidance=3.0, sampling_steps=50)
-SMALL = dict(steps=250, batch_size=8, lr=1e-4, paths=64, guidance=3.0, sampling_steps=50)
+SMALL = dict(steps=250, batch_size=8, lr=3e-4, paths=64, guidance=3.0, sampling_steps=50)
 
 
 def parse_args(argv=None):
