@@ -106,8 +106,10 @@ def atomic_save(path, tensors=None, text=None, pipe=None, metadata=None):
             temporary.write_text(text, encoding="utf-8")
         else:
             save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, temporary, metadata)
-            os.umask(mask := os.umask(0))
-            temporary.chmod(0o666 & ~mask)
+        os.umask(mask := os.umask(0))
+        for file in [temporary, *temporary.rglob("*")] if text is None else []:
+            if file.suffixes and file.is_file():
+                file.chmod(0o666 & ~mask)
         os.replace(temporary, path)
     except (OSError, SafetensorError) as e:
         shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink(missing_ok=True)
@@ -134,7 +136,7 @@ def fingerprint(*parts):
 def fingerprint_files(files):
     """The same for a data set that is too large to be read whole: every name, size and last 4 KB.
 
-    The end of a PNG holds the checksum of its pixels, that of a JPEG its last pixels: an edited image changes it.
+    The end of a PNG holds the checksum of its pixels, that of a JPEG its last pixels: nearly every edit changes it.
     """
     sha = hashlib.sha256()
     for file in files:
@@ -145,7 +147,15 @@ def fingerprint_files(files):
     return sha.hexdigest()[:16]
 
 
-def read_cache(path, name, key, rank, world):
+def checkpoint_step(path):
+    """The number of steps that a checkpoint holds, or None where there is no checkpoint."""
+    if not path.exists():
+        return None
+    with safe_open(path, "pt") as f:
+        return int(f.metadata()["step"])
+
+
+def read_cache(path, name, key, rank, world, device):
     """The tensor that an interrupted run left in a cache file, on every rank, or None: no file, or one made for other inputs.
 
     Only the first rank reads: the other machines need not see its disk.
@@ -159,10 +169,12 @@ def read_cache(path, name, key, rank, world):
 
         tensor = load_or_fail(path, read)
     if world > 1:
-        shared = [tensor]
-        dist.broadcast_object_list(shared)
-        tensor = shared[0]
-    return tensor
+        shape = [None if tensor is None else tensor.shape]
+        dist.broadcast_object_list(shape)
+        if shape[0] is not None:
+            tensor = torch.empty(shape[0], device=device) if tensor is None else tensor.to(device)
+            dist.broadcast(tensor, 0)
+    return None if tensor is None else tensor.to(device)
 
 
 def git_commit():
@@ -194,6 +206,13 @@ def agree(what, folder):
                      f"put the run folder on a shared disk, or copy it from rank 0's machine")  # fmt: skip
 
 
+def close(rank, world, out):
+    """Ends the process group; returns the run folder on the first rank, None on the others."""
+    if world > 1:
+        dist.destroy_process_group()
+    return out if rank == 0 else None
+
+
 # What torchrun sets for its processes. A program that one of them starts must not see it, or it waits for the other ranks.
 TORCHRUN = re.compile(r"(TORCHELASTIC_.*|GROUP_.*|ROLE_.*|MASTER_(ADDR|PORT)|(LOCAL_)?(RANK|WORLD_SIZE)|TORCH_NCCL_ASYNC.*)")
 
@@ -214,6 +233,7 @@ def evaluate_run(task, before, after, *flags):
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+    sys.stdout.flush()  # what was printed so far comes first, also in a file
     command = [str(REPO / "eval.py"), task, "--before", str(before), "--after", str(after), *map(str, flags)]
     code = subprocess.run([sys.executable, *command], env=single_process_env()).returncode
     if code:
@@ -226,7 +246,7 @@ def evaluate_run(task, before, after, *flags):
 
 def is_embedded(model):
     """True for the models in emoji/: they alone are taught and judged by the emoji's images, captions and networks."""
-    return Path(model).resolve().is_relative_to(REPO / "emoji")
+    return os.path.exists(model) and Path(model).resolve().is_relative_to(REPO / "emoji")
 
 
 def load_pipeline(model, families=FAMILIES, safety_checker=False, **kwargs):
@@ -237,7 +257,7 @@ def load_pipeline(model, families=FAMILIES, safety_checker=False, **kwargs):
     """
     if os.path.exists(model) and not (Path(model) / "model_index.json").is_file():
         fail(f"--model {model}: no model_index.json there; expected a diffusers pipeline folder or a hub id")
-    errors, family = [], families[0]
+    errors, family, wanted = [], families[0], None
     for variant in (None, "fp16"):
         try:
             index = DiffusionPipeline.load_config(model)
@@ -252,25 +272,29 @@ def load_pipeline(model, families=FAMILIES, safety_checker=False, **kwargs):
             if "text_encoder_3" in index.keys() - absent.keys() and isinstance(kwargs.get("dtype"), torch.dtype):
                 # T5 has 4.8 billion weights, 19 GB in float32; float16 overflows in it.
                 kwargs["dtype"] = {"default": kwargs["dtype"], "text_encoder_3": torch.bfloat16}
+            wanted = [part for part in index if part not in absent]
             return family.from_pretrained(model, variant=variant, use_safetensors=True, **absent, **kwargs)
         except Exception as e:
             errors.append(first_line(e))
-    explain_pickles(model, family.__name__)
+    explain_pickles(model, family.__name__, wanted or [], errors[0])
     fail(f"--model {model} cannot be loaded (a diffusers folder or hub id with .safetensors weights?): {errors[0]}")
 
 
-def explain_pickles(model, pipeline):
-    """One line if a model's weights are pickles alone: opening one may run any code, so that is the user's decision, once."""
+def explain_pickles(model, pipeline, components, error):
+    """One line if a wanted component has pickled weights alone: opening one may run any code, so that is the user's call."""
     if os.path.exists(model):
-        files = [str(f.relative_to(model)) for f in sorted(Path(model).rglob("*")) if f.is_file()]
+        files = [f.relative_to(model).as_posix() for f in sorted(Path(model).rglob("*")) if f.is_file()]
     else:
         try:
             files = HfApi().list_repo_files(str(model))
         except Exception:  # no network, no such repository: the error of the loading itself says so
             return
-    safe = {str(Path(f).parent) for f in files if f.endswith(".safetensors")}
-    for name in (f for f in files if f.endswith((".bin", ".ckpt", ".pt")) and str(Path(f).parent) not in safe):
-        code = (f"from diffusers import {pipeline}; "
-                f"{pipeline}.from_pretrained({str(model)!r}, use_safetensors=False).save_pretrained('converted')")  # fmt: skip
-        fail(f"--model {model}: {name} is a pickle, which may run any code, and there is no .safetensors beside it; "
-             f"if you trust it, convert it once: python -c \"{code}\", then --model converted")  # fmt: skip
+    folders = {".", *components}  # an old DDPM has its files beside model_index.json
+    weights = {(str(Path(f).parent), Path(f).suffix): f for f in files if str(Path(f).parent) in folders}
+    for (folder, suffix), name in weights.items():
+        known = name.split("/")[-1].startswith(("diffusion_pytorch_model", "pytorch_model", "model"))
+        if suffix == ".bin" and known and (folder, ".safetensors") not in weights:
+            code = (f"from diffusers import {pipeline}; "
+                    f"{pipeline}.from_pretrained({str(model)!r}).save_pretrained('converted')")  # fmt: skip
+            fail(f"--model {model}: {name} is a pickle, which may run any code, and there is no .safetensors beside it; "
+                 f"if you trust it, convert it once: python -c \"{code}\", then --model converted ({error})")  # fmt: skip

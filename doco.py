@@ -2,14 +2,15 @@
 
 Paper: "Unlearning Concepts in Diffusion Model via Concept Domain Correction and Concept Preserving Gradient",
 Wu et al., AAAI 2025. A discriminator learns to tell what the model denoises for the target concept from what the original model
-denoises for an anchor concept; the model learns to fool it, and takes only that part of a step that does not hurt the anchor.
+denoises for an anchor concept; the model learns to fool it. Where the gradient of that conflicts with the gradient that keeps
+the anchor, the conflicting component is projected out. (AdamW's step may still conflict; --project step projects it instead.)
 
     x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) eps                                          Eq. 1   noise an anchor picture
     eps_c  = M_init(x_t, anchor),   eps_c* = M(x_t, target)                          Eq. 5   two predictions, same x_t
     L_D = -log D(view(eps_c)) - log(1 - D(view(eps_c*)))                             Eq. 8   discriminator: anchor 1, target 0
     L_u = -log D(view(eps_c*))                                                       Eq. 8   generator, non-saturating form
     L_r = |eps - M(x_t, anchor)|^2                                                   Eq. 9   keep the anchor
-    G   = G_u if G_u . G_r >= 0 else G_u - lam (G_u . G_r) / |G_r|^2 G_r             Eq. 10  the step that is taken
+    G   = G_u if G_u . G_r >= 0 else G_u - lam (G_u . G_r) / |G_r|^2 G_r             Eq. 10  the gradient of the UNet
 
 Run it (the first line needs nothing but this repository; it uses the small model in emoji/sd):
 
@@ -33,7 +34,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
-from safetensors import safe_open
 from safetensors.torch import load_file
 from tqdm import tqdm
 
@@ -41,6 +41,8 @@ from common import (
     REPO,
     agree,
     atomic_save,
+    checkpoint_step,
+    close,
     evaluate_run,
     fail,
     fingerprint,
@@ -188,11 +190,11 @@ def prompt_pairs(args):
     return [pair for turn in zip_longest(*per_target) for pair in turn if pair]
 
 
-def check_coverage(pairs, n_images, n_targets):
-    """Says which entries of prompt_pairs get no anchor image; with fewer images than targets, that is an error."""
+def check_coverage(pairs, n_images, n_targets, warn=True):
+    """Says how many entries of prompt_pairs get no image; with fewer images than targets, that is an error."""
     if n_images < n_targets:
-        fail(f"{n_targets} targets but {n_images} anchor images; raise --steps or --batch-size")
-    if n_images < len(pairs):
+        fail(f"{n_targets} targets but {n_images} anchor images; give fewer --target at once, or raise --steps or --batch-size")
+    if n_images < len(pairs) and warn:
         tqdm.write(f"warning: {len(pairs) - n_images} of {len(pairs)} pairs of prompt and target are not trained, for there "
                    f"are {n_images} anchor images; every target keeps its first prompts", file=sys.stderr)  # fmt: skip
 
@@ -221,14 +223,6 @@ def load_checkpoint(path, trained, disc, optimizers):
     for optimizer, state in zip(optimizers, states, strict=True):
         optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
     return checkpoint_step(path)
-
-
-def checkpoint_step(path):
-    """The number of iterations that a checkpoint holds, or None where there is no checkpoint."""
-    if not path.exists():
-        return None
-    with safe_open(path, "pt") as f:
-        return int(f.metadata()["step"])
 
 
 def sample_anchor_latents(pipe, emb, pairs, n, size, recipe, seed, rank=0, world=1):
@@ -269,10 +263,11 @@ def unlearn(args):
     """Runs DoCo and returns the run folder (None on all ranks but the first). Bad input ends it with one line."""
     # -- processes (torchrun sets the variables) and device: bf16 on a GPU; fp32 on a CPU, where N processes equal one
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    mps = torch.backends.mps.is_available() and world == 1  # no process group for several of these
+    device = torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    if world > 1 and not dist.is_initialized():
+    if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     amp = lambda: torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")  # noqa: E731
 
@@ -282,14 +277,16 @@ def unlearn(args):
         fail(f"--view {args.view}: expected x0, xprev or xprev:STRIDE with a stride of 1 to 999")
     if args.project == "step" and args.retain != "cp":
         fail(f"--project step goes with --retain cp, not with --retain {args.retain}")
+    if args.init and not (args.init / "delta.safetensors").is_file():
+        fail(f"--init {args.init}: no delta.safetensors there; expected the folder of a finished run")
     stride = int(view[2] or 1)
     out = args.out or Path("runs") / run_name("doco", args.target)
     finished, checkpoint = out / "delta.safetensors", out / "checkpoint.safetensors"
-    if (finished.exists() or checkpoint.exists()) and not args.resume:
-        fail(f"{out} already holds a run; choose another --out, or --resume one that was stopped")
     make_run_dir(out)
     begun = load_or_fail(checkpoint, lambda: checkpoint_step(checkpoint))
     agree({finished.name: finished.exists(), checkpoint.name: begun}, out)
+    if (finished.exists() or begun is not None) and not args.resume:
+        fail(f"{out} already holds a run; choose another --out, or --resume one that was stopped")
     lock = lock_run_dir(out) if rank == 0 else None  # noqa: F841, until this function returns
 
     # -- the original model, and the recipe for its size
@@ -313,8 +310,7 @@ def unlearn(args):
     if args.resolution and (args.resolution % scale or size < 8):
         fail(f"--resolution {args.resolution}: expected a multiple of {scale}, at least {8 * scale}, as this model needs")
     n_images = min(recipe["images"], steps * batch)
-    if rank == 0:
-        check_coverage(pairs, n_images, len(args.target))
+    check_coverage(pairs, n_images, len(args.target), warn=rank == 0)
 
     # -- text embeddings, once
     texts = list(dict.fromkeys(["", *(a for a, _ in pairs), *(t for _, ts in pairs for t in ts)]))
@@ -327,8 +323,9 @@ def unlearn(args):
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in settings.items() if k not in resumable}
     settings["contents of --model"] = fingerprint(unet, pipe.text_encoder, alpha_bar)
     settings["contents of --prompts"] = fingerprint(pairs)
-    if args.init and (args.init / "delta.safetensors").is_file():
+    if args.init:
         settings["contents of --init"] = fingerprint(args.init / "delta.safetensors")
+    agree({k: v for k, v in settings.items() if k.startswith("contents of")}, out)
     record = out / "args.json"
     if (begun is not None or finished.exists()) and record.exists():
         then = load_or_fail(record, lambda: json.loads(record.read_text())["settings"])
@@ -348,12 +345,11 @@ def unlearn(args):
     cache, key = out / "anchor_latents.safetensors", fingerprint(
         settings["contents of --model"], [a for a, _ in pairs], args.seed, size, n_images, recipe["guidance"],
         recipe["sampling_steps"])  # fmt: skip
-    latents = read_cache(cache, "latents", key, rank, world)  # (n_images, 4, h, w)
+    latents = read_cache(cache, "latents", key, rank, world, device)  # (n_images, 4, h, w)
     if latents is None:
         latents = sample_anchor_latents(pipe, emb, pairs, n_images, size, recipe, args.seed, rank, world)
         if rank == 0:
             atomic_save(cache, {"latents": latents}, metadata={"key": key})
-    latents = latents.to(device)
     del pipe  # the UNet stays
 
     # -- what is trained, and its original values: this copy is all that the frozen model costs
@@ -361,8 +357,6 @@ def unlearn(args):
     params = list(trained.values())
     originals = [p.detach().clone() for p in params]
     if args.init:
-        if not (args.init / "delta.safetensors").is_file():
-            fail(f"--init {args.init}: no delta.safetensors there; expected the folder of a finished run")
         earlier = load_or_fail(args.init / "delta.safetensors", lambda: load_file(args.init / "delta.safetensors"))
         if any(n not in trained or t.shape != trained[n].shape for n, t in earlier.items()):
             fail(f"--init {args.init} trained weights that are not trained here; repeat its --model and --train")
@@ -489,13 +483,6 @@ def unlearn(args):
         if args.save_pipeline:
             save_pipeline(args, out)
     return close(rank, world, out)
-
-
-def close(rank, world, out):
-    """Ends the process group; the run folder on rank 0, None elsewhere."""
-    if world > 1:
-        dist.destroy_process_group()
-    return out if rank == 0 else None
 
 
 def loading_lines(args, file):

@@ -379,11 +379,15 @@ def cached(folder, key, make):
     """make(), or what it gave before with the same key: what the original draws need not be drawn for every run."""
     if folder is None:
         return make()
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     file = folder / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}.safetensors"
-    if file.exists():
-        return load_file(file)["images"]
+    found = [load_file(file)["images"] if rank == 0 and file.exists() else None]
+    if world > 1:  # the first process alone decides: another machine may not see its folder, and make() waits for all
+        dist.broadcast_object_list(found)
+    if found[0] is not None:
+        return found[0]
     images = make()
-    if int(os.environ.get("RANK", 0)) == 0:
+    if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         save_file({"images": images.contiguous()}, f"{file}.tmp")
         os.replace(f"{file}.tmp", file)
@@ -424,12 +428,10 @@ def is_model(path):
     return not os.path.exists(path) or any((Path(path) / name).exists() for name in MODEL_FILES)
 
 
-def image_size(model, family, own, unit, resolution):
-    """Pixels of a side: --resolution, or the model's own. unit: a side must be a multiple of it; None: only the own size."""
+def image_size(model, own, unit, resolution):
+    """Pixels of a side: --resolution, or the model's own. unit: a side must be a multiple of it."""
     if resolution is None or resolution == own:
         return own
-    if unit is None:
-        fail(f"--resolution {resolution}: {model} is a {family} and draws {own}x{own} pixels; leave the flag out")
     if resolution < unit or resolution % unit:
         fail(f"--resolution {resolution}: expected a positive multiple of {unit}, as {model} needs")
     return resolution
@@ -461,8 +463,12 @@ class Drawer:
 
         # Size: the pipelines of Stable Diffusion 1.x and 2.x want multiples of 8, whatever the VAE; the transformer has patches
         side, scale = self.net.config.sample_size, 1 if self.ddpm else pipe.vae_scale_factor
-        unit = None if self.ddpm else scale * self.net.config.patch_size if self.flow else math.lcm(scale, 8)
-        self.size = image_size(model, self.family, side * scale, unit, resolution)
+        unit = scale * self.net.config.patch_size if self.flow else math.lcm(scale, 8)
+        if self.ddpm:  # every block but the last halves the sides; the pipeline of a DDPM reads the size from the config
+            unit = 2 ** (len(self.net.config.block_out_channels) - 1)
+        self.size = image_size(model, side * scale, unit, resolution)
+        if self.ddpm:
+            self.net.register_to_config(sample_size=self.size)
         if self.flow and self.size > (most := unit * self.net.config.pos_embed_max_size):
             fail(f"--resolution {self.size}: expected at most {most}, as {model} needs")
 
@@ -1062,15 +1068,16 @@ def evaluate(args):
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if abs(args.seed) >= 2**40:  # negative ones are as good as others: torch.Generator takes 64 bits
         fail(f"--seed {args.seed}: expected a number between -2^40 and 2^40")
-    if not args.after.exists():
+    if world > 1:
+        # Images are exchanged in main memory. reproduce.py trains a baseline on the first process while the others wait here,
+        # so what depends on its result is looked at afterwards.
+        dist.init_process_group("gloo", timeout=datetime.timedelta(hours=12))
+    if args.rank == 0 and not args.after.exists():
         fail(f"--after {args.after}: no such folder; expected a run folder or a pipeline folder")
     try:  # now, not after an hour of sampling
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         fail(f"--out {args.out} cannot be written: {e.strerror}")
-    if world > 1:
-        # Images are exchanged in main memory. reproduce.py trains a baseline on the first process while the others wait here.
-        dist.init_process_group("gloo", timeout=datetime.timedelta(hours=12))
     {"concept": concept, "instance": instance, "faces": faces, "nudity": nudity}[args.task](args)
     if world > 1:
         dist.destroy_process_group()

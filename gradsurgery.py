@@ -16,10 +16,11 @@ Three lines against a plain training loop:
     + write_grad(params, lambda_projection(g_f, g_r)[0])
       optimizer.step()
 
-Three rules. Pass only weights that are trained: one that a loss does not reach gets a zero gradient, and AdamW
+Four rules. Pass only weights that are trained: one that a loss does not reach gets a zero gradient, and AdamW
 still decays it. Clip after surgery, never before: projection is blind to the scale of g_r, clipping is not. Do not
 wrap the model in DistributedDataParallel: flat_grad averages over ranks itself, and before the projection, because
-projecting is not linear and the average of projections is not the projection of the average.
+projecting is not linear and the average of projections is not the projection of the average. An optimizer that rescales
+the gradient, as Adam does, takes a step that may conflict with g_r again: what is guaranteed is the gradient, not the step.
 """
 
 import torch

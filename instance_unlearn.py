@@ -40,7 +40,6 @@ from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from PIL import Image, ImageOps
-from safetensors import safe_open
 from safetensors.torch import load_file
 from tqdm import tqdm
 
@@ -48,6 +47,8 @@ from common import (
     REPO,
     agree,
     atomic_save,
+    checkpoint_step,
+    close,
     evaluate_run,
     fail,
     fingerprint,
@@ -178,15 +179,27 @@ def denoise(predict, x, times, kind, alpha_bar, clip):
     return x
 
 
-def leave_out(pool, x_f, reference):
+def leave_out(pool, x_f, reference, floor=0):
     """What the model drew, (n, C, h, w), without what shows a picture to forget, x_f (K, C, h, w): that must not be remembered.
 
     It goes by distance, under 0.6 of the upper quartile of the distances to reference, (m, C, h, w). These are other samples of
     the model, from the empty prompt where it takes prompts: a threshold from the pool itself would fall with every copy in it.
+    A DDPM takes none, its reference is the pool; so the threshold does not fall below floor.
     """
     usual = torch.cdist(reference.flatten(1), x_f.flatten(1)).quantile(0.75, dim=0)  # (K,)
     distance = torch.cdist(pool.flatten(1), x_f.flatten(1))  # (n, K)
-    return pool[(distance >= 0.6 * usual).all(1)]
+    return pool[(distance >= (0.6 * usual).clamp(min=floor)).all(1)]
+
+
+def say_left_out(n, kept, rank=0):
+    """Says how many of n samples were left out; a warning where most were, an error where all were."""
+    if rank == 0 and 0 < kept < n:
+        print(f"{n - kept} of {n} show a picture to forget and are left out")
+    if rank == 0 and 0 < kept < n / 2:
+        print(f"warning: most of what the model draws shows a picture to forget; {kept} are left to remember, more would be "
+              f"better: --remember generate:{4 * n} or a folder", file=sys.stderr)  # fmt: skip
+    if kept == 0:
+        fail(f"--remember generate:{n}: every sample shows a picture to forget; expected a folder of others")
 
 
 # ---- 2. pictures ------------------------------------------------------------------------------------------------
@@ -274,14 +287,6 @@ def without_forgotten(files, forget, size):
 # ---- 3. checkpoints -----------------------------------------------------------------------------------------------
 
 
-def checkpoint_step(path):
-    """The number of updates that a checkpoint holds, or None where there is no checkpoint."""
-    if not path.exists():
-        return None
-    with safe_open(path, "pt") as f:
-        return int(f.metadata()["step"])
-
-
 def save_checkpoint(path, step, trained, optimizer):
     """All that the next update needs, in one file. Random draws need nothing: they follow (seed, step)."""
     tensors = {f"net/{n}": p for n, p in trained.items()}
@@ -330,7 +335,8 @@ def unlearn(args):
     """Runs Algorithm 1 and returns the run folder (None on all ranks but the first). Bad input ends it with one line."""
     # -- processes (torchrun sets the variables) and device: bf16 on a GPU; fp32 on a CPU, where N processes equal one
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    mps = torch.backends.mps.is_available() and world == 1  # no process group for several of these
+    device = torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if world > 1:
@@ -349,11 +355,11 @@ def unlearn(args):
     out = args.out or Path("runs") / run_name("instance", [f.stem for f in args.forget])
     log_file, checkpoint = out / "log.jsonl", out / "checkpoint.safetensors"
     lora_file, pipeline = out / "pytorch_lora_weights.safetensors", out / "pipeline"
-    if (pipeline.exists() or lora_file.exists() or checkpoint.exists()) and not args.resume:
-        fail(f"{out} already holds a run; choose another --out, or --resume one that was stopped")
     make_run_dir(out)
     begun = load_or_fail(checkpoint, lambda: checkpoint_step(checkpoint))
     agree({f.name: f.exists() for f in (pipeline, lora_file)} | {checkpoint.name: begun}, out)
+    if (pipeline.exists() or lora_file.exists() or begun is not None) and not args.resume:
+        fail(f"{out} already holds a run; choose another --out, or --resume one that was stopped")
     lock = lock_run_dir(out) if rank == 0 else None  # noqa: F841, until this function returns
 
     # -- the model, and the recipe for its size
@@ -386,8 +392,9 @@ def unlearn(args):
         fail(f"--lr {lr:g} --rank {args.rank}: expected a positive rate and rank")
     if steps < 1 or not 0 <= beta <= 1e-3 or not 0 <= (args.constant_lambda or 0) <= 1:
         fail(f"--steps {steps} --beta {beta:g} --constant-lambda {args.constant_lambda}: expected steps > 0, lambda in [0, 1]")
-    if size % scale:
-        fail(f"--resolution {size} is no multiple of {scale}, as this model needs")
+    unit = 2 ** (len(net.config.block_out_channels) - 1) if ddpm else scale
+    if size < unit or size % unit:
+        fail(f"--resolution {size} is no multiple of {unit}, as this model needs")
     generated = re.fullmatch(r"generate:(\d+)", args.remember)
     files = [] if generated else list_images(args.remember)
     if not (int(generated[1]) if generated else files):
@@ -415,6 +422,7 @@ def unlearn(args):
         getattr(pipe, name).to(device)
     cond, null = condition(args.prompt or ""), condition("")
     edit = condition(args.surrogate_prompt or args.prompt or "")
+    of_encoders = [fingerprint(getattr(pipe, name)) for name in encoders]
     for name in encoders:
         setattr(pipe, name, None)
     pipe.to(device)
@@ -425,11 +433,12 @@ def unlearn(args):
     resumable = ("resume", "out", "save_pipeline", "gradient_checkpointing")  # these may change
     settings = {k: [str(x) for x in v] if isinstance(v, list) else v for k, v in (vars(args) | resolved).items()
                 if k not in resumable}  # fmt: skip
-    settings["contents of --model"] = fingerprint(net, getattr(pipe, "vae", None), cond, null, edit, alpha_bar, recipe)
+    settings["contents of --model"] = fingerprint(net, getattr(pipe, "vae", None), of_encoders, alpha_bar, recipe)
     settings["contents of --forget"] = fingerprint(*args.forget)
     settings["contents of --surrogate"] = fingerprint(*(Path(s) for s, k in zip(surrogates, kinds, strict=True)
                                                         if k is None and Path(s).is_file()))  # fmt: skip
     settings["contents of --remember"] = fingerprint_files(files)
+    agree({k: v for k, v in settings.items() if k.startswith("contents of")}, out)
     record = out / "args.json"
     if (begun is not None or finished.exists()) and record.exists():
         then = load_or_fail(record, lambda: json.loads(record.read_text())["settings"])
@@ -477,8 +486,9 @@ def unlearn(args):
     # -- x^r: the pictures to remember, from a folder (less those to forget) or drawn by the model, the ranks sharing the work
     if generated:
         n = int(generated[1])
-        cache, key = out / "remember.safetensors", fingerprint(settings["contents of --model"], args.seed, n, x_f.shape)
-        pool = read_cache(cache, "remember", key, rank, world)
+        cache, key = out / "remember.safetensors", fingerprint(
+            settings["contents of --model"], args.prompt, args.seed, n, x_f.shape)  # fmt: skip
+        pool = read_cache(cache, "remember", key, rank, world, device)
         if pool is None:
             share = (x_f.shape[1:], device, args.seed * 1_000_003)
             pool = draw_pool(lambda x: draw(x, times, cond), n, *share, f"{n} pictures to remember", rank, world)
@@ -488,19 +498,15 @@ def unlearn(args):
                 pool = torch.cat([pool, none])
             if rank == 0:
                 atomic_save(cache, {"remember": pool}, metadata={"key": key})
-        pool = pool.to(device)
-        pool = leave_out(pool[:n], x_f, pool if ddpm else pool[n:])
+        # Pixels of a DDPM: what differs by less than 0.15 of [-1, 1], root mean square, is a copy whatever else is drawn
+        pool = leave_out(pool[:n], x_f, pool if ddpm else pool[n:], 0.15 * x_f[0].numel() ** 0.5 if ddpm else 0)
         n_remember = len(pool)
-        if rank == 0 and n_remember < n:
-            print(f"{n - n_remember} of {n} show a picture to forget and are left out")
-        if n_remember < n / 2 and rank == 0:
-            print(f"warning: most of what the model draws shows a picture to forget; {n_remember} are left to remember, more "
-                  f"would be better: --remember generate:{4 * n} or a folder", file=sys.stderr)  # fmt: skip
+        say_left_out(n, n_remember, rank)
     else:
         files, pool = without_forgotten(files, pixels_f, size), None
         n_remember = len(files)
-    if n_remember < 1:
-        fail(f"--remember {args.remember}: every picture there shows one to forget; expected a folder that has others")
+        if n_remember < 1:
+            fail(f"--remember {args.remember}: every picture there shows one to forget; expected a folder that has others")
 
     def remember(indices):  # a batch (B, C, h, w); files are read when needed: a data set may be larger than the memory
         if pool is not None:
@@ -631,13 +637,6 @@ def unlearn(args):
     return close(rank, world, out)
 
 
-def close(rank, world, out):
-    """Ends the process group; the run folder on rank 0, None elsewhere."""
-    if world > 1:
-        dist.destroy_process_group()
-    return out if rank == 0 else None
-
-
 def loading_lines(args, family, out, absent):
     """The lines of Python that load the result in plain diffusers and draw a picture."""
     if family == "DDPMPipeline":
@@ -660,7 +659,7 @@ pipe({args.prompt or ""!r}).images[0].save("after.png")
 if __name__ == "__main__":
     args = parse_args()
     if out := unlearn(args):  # evaluated in a separate process: eval.py knows how
-        known = {"--prompt": args.prompt, "--real": args.remember if Path(args.remember).is_dir() else None,
+        known = {"--prompt": args.prompt, "--real": args.remember if len(list_images(args.remember)) > 1 else None,
                  "--resolution": args.resolution}  # fmt: skip
         flags = [x for k, v in known.items() if v for x in (k, v)]
         sys.exit(evaluate_run("instance", args.model, out, "--seed", args.seed, "--forget", *args.forget, *flags))

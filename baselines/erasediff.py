@@ -44,7 +44,7 @@ def parse_args(argv=None):
     p.add_argument("--remember", type=Path, help="folder of pictures (emoji/ddpm: emoji/creatures)")
     p.add_argument("--steps", type=int, default=60, help="updates per picture to forget")
     p.add_argument("--batch-size", type=int, default=8)
-    p.add_argument("--lr", type=float, help="default: 5e-6, for emoji/ddpm 2.5e-5")
+    p.add_argument("--lr", type=float, help="default: 5e-6, for small models 2.5e-5")
     p.add_argument("--eta", type=float, default=1e-3, help="how fast L_f must fall at least")
     p.add_argument("--lr-scheduler", choices=("constant", "linear"), default="constant", help="linear: falls to 0 per picture")
     p.add_argument("--timestep-sampling", choices=("uniform", "stratified"), default="uniform", help="stratified: one timestep "

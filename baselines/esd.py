@@ -30,7 +30,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 from common import atomic_save, evaluate_run, fail, load_pipeline, make_run_dir, run_name  # noqa: E402
-from doco import TRAINED, prompt_pairs  # noqa: E402
+from doco import TRAINED, check_coverage, prompt_pairs  # noqa: E402
 
 # Their ESD-u leaves out the cross-attention, the output layers and the time embedding
 TRAINED = TRAINED | {"noxattn": r"^(?!.*(attn2\.|conv_out|conv_norm_out|time_embedding))"}
@@ -97,6 +97,7 @@ def unlearn(args):
     train = args.train or ("xattn" if args.concept_type == "style" else "noxattn")
 
     # -- the paths, from the original model: every point x_t, its t and its y
+    check_coverage(prompts, recipe["paths"], len(args.target))
     points, of_path = [], [prompts[j % len(prompts)] for j in range(recipe["paths"])]
     for i in tqdm(range(0, len(of_path), 16), f"{len(of_path)} paths"):
         part = of_path[i : i + 16]

@@ -27,7 +27,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 from common import atomic_save, evaluate_run, fail, load_pipeline, make_run_dir, run_name  # noqa: E402
-from doco import TRAINED, add_noise, prompt_pairs  # noqa: E402
+from doco import TRAINED, add_noise, check_coverage, prompt_pairs  # noqa: E402
 from instance_unlearn import read_any  # noqa: E402
 
 # The released settings; doco.py's updates and batch for toys like emoji/sd, and a larger rate
@@ -121,6 +121,7 @@ def unlearn(args):
         with torch.no_grad():
             latents = pipe.vae.encode(pixels).latent_dist.mode() * pipe.vae.config.scaling_factor
     else:
+        check_coverage(prompts, recipe["images"], len(args.target))
         pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
         pipe.set_progress_bar_config(disable=True)
         latents = torch.cat([pipe(

@@ -42,7 +42,7 @@ def parse_args(argv=None):
     p.add_argument("--remember", type=Path, help="folder of pictures (emoji/ddpm: emoji/creatures)")
     p.add_argument("--steps", type=int, default=10, help="updates per picture to forget")
     p.add_argument("--batch-size", type=int, default=8)
-    p.add_argument("--lr", type=float, help="default: 5e-6, for emoji/ddpm 2.5e-5")
+    p.add_argument("--lr", type=float, help="default: 5e-6, for small models 2.5e-5")
     p.add_argument("--lam", type=float, default=1.0, help="weight of forgetting")
     p.add_argument("--ascent", action="store_true", help="climb L_f alone, remember nothing")
     p.add_argument("--lr-scheduler", choices=("constant", "linear"), default="constant", help="linear: falls to 0 per picture")

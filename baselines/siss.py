@@ -39,7 +39,7 @@ def parse_args(argv=None):
     p.add_argument("--remember", type=Path, help="folder of pictures (emoji/ddpm: emoji/creatures)")
     p.add_argument("--steps", type=int, default=60, help="updates per picture to forget")
     p.add_argument("--batch-size", type=int, default=64)
-    p.add_argument("--lr", type=float, help="default: 5e-6, for emoji/ddpm 2.5e-5")
+    p.add_argument("--lr", type=float, help="default: 5e-6, for small models 2.5e-5")
     p.add_argument("--lam", type=float, default=0.5, help="probability of the picture to forget in the mixture")
     p.add_argument("--scaling-norm", type=float, help="s, the norm of the forget gradient (default: a tenth of the other's)")
     p.add_argument("--full-range", action="store_true", help="t from 0 to 999, not 999 alone")

@@ -24,7 +24,6 @@ In plain diffusers, m is 1, or what the function says:
 
 import argparse
 import json
-import os
 import sys
 from functools import cache
 from pathlib import Path
@@ -150,9 +149,7 @@ def unlearn(args):
     atomic_save(out / "log.jsonl", text="".join(json.dumps(row) + "\n" for row in rows))
     settings = vars(args) | {"steps": steps, "batch_size": batch, "lr": lr, "resolution": size * scale}
     atomic_save(out / "args.json", text=json.dumps({"method": "spm", "settings": settings}, indent=1, default=str))
-    layers = get_peft_model_state_dict(unet)
-    StableDiffusionPipeline.save_lora_weights(out, weight_name=f"{lora_file.name}.tmp", unet_lora_layers=layers)
-    os.replace(f"{lora_file}.tmp", lora_file)
+    atomic_save(lora_file, {f"unet.{n}": p for n, p in get_peft_model_state_dict(unet).items()}, metadata={"format": "pt"})
     return out
 
 

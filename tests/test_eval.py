@@ -126,7 +126,7 @@ def test_imagenet_templates():
     (["instance", *DDPM, "--num-images", "0"], "--num-images 0: expected at least 2 (FID needs two)"),
     (["instance", *DDPM, "--num-images", "1"], "--num-images 1: expected at least 2 (FID needs two)"),
     (["instance", *DDPM, "--real", REPO / "emoji/sd"], "0 images there; expected a folder with at least two"),
-    (["instance", *DDPM, "--resolution", "64"], "--resolution 64: "),
+    (["instance", *DDPM, "--resolution", "63"], "--resolution 63: expected a positive multiple of"),
     (["concept", *PANDA], "expected delta.safetensors, pipeline/"),
     (["instance", *DDPM], "expected 32x32"),
     (["nudity", "--before", REPO / "emoji/sd"], "--prompts is missing"),

@@ -5,6 +5,7 @@ import os
 import random
 import re
 import resource
+import runpy
 import shlex
 import shutil
 import signal
@@ -528,10 +529,18 @@ def test_folders_of_runs():
 
 
 def test_files_of_a_run_can_be_read_by_others(script):
-    run = script.unlearn()
+    run = script.unlearn("--save-pipeline")
     mask = os.umask(0)
     os.umask(mask)
-    assert {f.stat().st_mode & 0o777 for f in run.rglob("*.safetensors") if f.parent == run} <= {0o666 & ~mask}
+    files = list(run.rglob("*.safetensors"))
+    assert files and {f.stat().st_mode & 0o777 for f in files} == {0o666 & ~mask}
+
+
+def test_what_a_killed_save_left_does_not_mix_with_the_new(tiny_ddpm, tmp_path):
+    (tmp_path / "pipeline.tmp").mkdir()
+    (tmp_path / "pipeline.tmp/shard-of-an-old-save.safetensors").write_text("")
+    common.atomic_save(tmp_path / "pipeline", pipe=common.load_pipeline(str(tiny_ddpm)))
+    assert not list(tmp_path.rglob("shard*")) and (tmp_path / "pipeline/model_index.json").exists()
 
 
 def test_a_pickled_model_can_be_converted_by_the_line_that_is_printed(tiny_ddpm, photos, tmp_path, monkeypatch):
@@ -551,7 +560,62 @@ def test_a_pickled_model_can_be_converted_by_the_line_that_is_printed(tiny_ddpm,
 def test_a_pickled_model_on_the_hub_says_so(monkeypatch):
     """As google/ddpm-celebahq-256 may be: the list of its files is asked for, none of them is opened."""
     files = ["model_index.json", "unet/config.json", "unet/diffusion_pytorch_model.bin", "scheduler/scheduler_config.json"]
-    monkeypatch.setattr(common.HfApi, "list_repo_files", lambda self, model: files)
-    with pytest.raises(SystemExit, match=r"google/ddpm-celebahq-256: unet/diffusion_pytorch_model\.bin is a pickle") as e:
-        common.load_pipeline("google/ddpm-celebahq-256")
-    assert "from diffusers import DDPMPipeline; DDPMPipeline.from_pretrained('google/ddpm-celebahq-256'" in str(e.value)
+    for flat in (False, True):
+        listed = [f.split("/")[-1] for f in files] if flat else files
+        monkeypatch.setattr(common.HfApi, "list_repo_files", lambda self, model, listed=listed: listed)
+        with pytest.raises(SystemExit, match=r"ddpm-celebahq-256: (unet/)?diffusion_pytorch_model\.bin is a pickle") as e:
+            common.explain_pickles("google/ddpm-celebahq-256", "DDPMPipeline", ["unet", "scheduler"], "no network")
+        assert "from diffusers import DDPMPipeline; DDPMPipeline.from_pretrained('google/ddpm-celebahq-256')" in str(e.value)
+        assert "\n" not in str(e.value) and "(no network)" in str(e.value)
+    others = ["v1-4.ckpt", "safety_checker/pytorch_model.bin", "unet/diffusion_pytorch_model.safetensors"]
+    monkeypatch.setattr(common.HfApi, "list_repo_files", lambda self, model: others)
+    common.explain_pickles("CompVis/stable-diffusion-v1-4", "StableDiffusionPipeline", ["unet", "vae"], "")  # nothing wanted
+
+
+# ---- every program's last lines ---------------------------------------------------------------------------------------
+
+
+CONCEPTS = ("doco", "conabl", "spm", "uce", "forget_me_not")
+INSTANCES = ("instance_unlearn", "neggrad", "erasediff", "siss", "duo")
+
+
+@pytest.mark.parametrize("name", [*CONCEPTS, *INSTANCES])
+def test_every_program_evaluates_its_run_and_exits_as_the_evaluation_does(name, tiny, tiny_ddpm, photos, tmp_path, monkeypatch):
+    """eval.py itself is replaced by one that only says 3."""
+    commands, file = [], common.REPO / ("" if name in ("doco", "instance_unlearn") else "baselines") / f"{name}.py"
+    argv = ["--model", tiny, "--target", "Grumpy Cat", "pizza", "--anchor", "Cat", "food", "--seed", "4", "--out", tmp_path]
+    argv += ["--steps", "1", "--batch-size", "2", "--resolution", "32"] if name != "uce" else []
+    wanted = ["concept", "--before", tiny, "--after", tmp_path, "--seed", "4", "--concept-type", "object"]
+    wanted += ["--resolution", "32"] if name != "uce" else []
+    wanted += ["--target", "Grumpy Cat", "pizza", "--anchor", "Cat", "food"]
+    if name in INSTANCES:
+        argv = ["--model", tiny_ddpm, "--forget", photos / "a.png", photos / "c.png", "--seed", "4", "--out", tmp_path]
+        argv += ["--steps", "1"]
+        argv += ["--remember", photos] if name != "duo" else []
+        argv += ["--surrogate", "flip"] if name == "instance_unlearn" else []
+        wanted = ["instance", "--before", tiny_ddpm, "--after", tmp_path, "--seed", "4"]
+        wanted += ["--real", photos] if name not in ("duo", "instance_unlearn") else []
+        wanted += ["--forget", photos / "a.png", photos / "c.png"]
+        wanted += ["--real", photos] if name == "instance_unlearn" else []
+
+    def run(command, **kwargs):
+        commands.append((command, kwargs))
+        return SimpleNamespace(returncode=3, stdout="")
+
+    monkeypatch.setattr(common.subprocess, "run", run)
+    monkeypatch.setattr(sys, "argv", [str(file), *map(str, argv)])
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(file), run_name="__main__")
+    assert end.value.code == 3
+    command, kwargs = commands[-1]
+    assert command == [sys.executable, str(common.REPO / "eval.py"), *map(str, wanted)]
+    assert "TORCHELASTIC_RUN_ID" not in kwargs["env"]
+
+
+def test_the_memory_of_the_card_is_free_for_the_evaluation(monkeypatch, tmp_path):
+    order = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: order.append("emptied"))
+    monkeypatch.setattr(common.subprocess, "run", lambda *a, **k: order.append("run") or SimpleNamespace(returncode=0))
+    assert common.evaluate_run("concept", "model", tmp_path) == 0 and order == ["emptied", "run"]

@@ -169,8 +169,21 @@ def test_what_shows_a_picture_to_forget_is_left_out_however_often_it_is_drawn(co
     pool = torch.cat([x_f + 0.1 * torch.randn(copies, 4, 8, 8, generator=g), others[copies:]])
     kept = method.leave_out(pool, x_f, torch.randn(16, 4, 8, 8, generator=g))
     assert torch.equal(kept, others[copies:])
-    if 50 <= copies < 75:  # a DDPM has no prompt to leave empty: its own samples are the reference, and most may be copies
-        assert torch.equal(method.leave_out(pool, x_f, pool), others[copies:])
+    # A DDPM has no prompt to leave empty: its own samples are the reference, and the threshold has a floor
+    assert torch.equal(method.leave_out(pool, x_f, pool, floor=0.15 * x_f.numel() ** 0.5), others[copies:])
+
+
+def test_what_was_left_out_is_said(capsys):
+    method.say_left_out(100, 100)
+    assert capsys.readouterr() == ("", "")
+    method.say_left_out(100, 81)
+    assert capsys.readouterr() == ("19 of 100 show a picture to forget and are left out\n", "")
+    method.say_left_out(100, 20)
+    assert "warning: most of what the model draws shows a picture to forget; 20 are left" in capsys.readouterr().err
+    method.say_left_out(100, 20, rank=1)
+    assert capsys.readouterr() == ("", "")
+    with pytest.raises(SystemExit, match="--remember generate:100: every sample shows a picture to forget"):
+        method.say_left_out(100, 0)
 
 
 # ---- surrogates and what is remembered --------------------------------------------------------------------------
