@@ -36,7 +36,7 @@ def parse_args(argv=None):
     p.add_argument("--target", nargs="+", required=True, help="what to forget; several are forgotten at once")
     p.add_argument("--anchor", nargs="+", required=True, help="what to draw instead: one for all, or one each")
     p.add_argument("--concept-type", choices=("object", "style"), default="object", help="style: the anchor is a medium")
-    p.add_argument("--prompts", type=Path, help="text file of anchor prompts to erase the name in, one a line (default: the bare name alone)")
+    p.add_argument("--prompts", type=Path, help="text file of anchor prompts, one a line (default: the bare name)")
     p.add_argument("--model", default=str(HERE.parent / "emoji/sd"), help="Stable Diffusion 1.x/2.x: folder or hub id")
     p.add_argument("--templates", action="store_true", help="erase the name in sentences (or --prompts) too, not it alone")
     p.add_argument("--preserve", nargs="*", default=[], help="more to preserve, beside the anchor and the empty prompt")

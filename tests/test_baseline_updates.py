@@ -382,7 +382,7 @@ def check_uce(module, place, case):
     flags = [str(place.words) if f == "WORDS" else f for f in flags]
     updates, out = place.run(module, "--model", large_sd(place) if case == "large" else sd.folder, *flags)
     preserved = preserved or ["", *(guide for _, guide in pairs)]
-    a, b, lam = (scales.get(k, d) for k, d in (("a", 1), ("b", max(0.1, 1 / len(preserved))), ("lam", 5)))
+    a, b, lam = (scales.get(k, d) for k, d in (("a", 1), ("b", max(0.1, 1 / len(preserved))), ("lam", 50)))
     last = lambda text: max(len(sd.tokenizer(text)["input_ids"]) - 2, 0)  # noqa: E731, the token before the end token
     erase, guide, keep = [], [], []
     for e, g in pairs:
@@ -782,7 +782,7 @@ MUTANTS = [
     ("uce names", '["attention_mask"]) - 2', '["attention_mask"]) - 1'),
     ("uce scales", "lam * torch.eye", "torch.eye"),
     ("uce floor", "max(0.1, 1 / len(preserve))", "1 / len(preserve)"),
-    ("uce large", "(5.0 if pipe.unet.config.sample_size < 32 else 0.5)", "5.0"),
+    ("uce large", "(50.0 if pipe.unet.config.sample_size < 32 else 0.5)", "50.0"),
     ("uce templates", "if not (args.templates or args.prompts)", "if not args.prompts"),
     ("uce last", '"last" if args.last_word else "all"', '"all"'),
     ("forget_me_not", "i % len(prompts)", "(i + 1) % len(prompts)"),
