@@ -51,8 +51,8 @@ def parse_args(argv=None):
     p.add_argument("--batch-size", type=int)
     p.add_argument("--lr", type=float)
     p.add_argument("--eta", type=float, default=1.0, help="how far beyond the unconditional prediction")
-    p.add_argument("--train", choices=tuple(TRAINED), help="noxattn: their ESD-u, all but the cross-attention, for objects; "
-                   "xattn: their ESD-x, the cross-attention, for styles (default: by --concept-type)")  # fmt: skip
+    p.add_argument("--train", choices=tuple(TRAINED), help="noxattn: their ESD-u, all but the cross-attention; "
+                   "xattn: their ESD-x, the cross-attention (default: noxattn for objects on large models)")  # fmt: skip
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--out", type=Path, help="run folder (default: runs/esd-TARGET)")
     return p.parse_args(argv)
@@ -94,7 +94,8 @@ def unlearn(args):
     scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
     scheduler.set_timesteps(recipe["sampling_steps"], device)
 
-    train = args.train or ("xattn" if args.concept_type == "style" else "noxattn")
+    # The paper: ESD-u for objects, ESD-x for styles. On emoji/sd, ESD-u erased no object at any rate that was tried.
+    train = args.train or ("noxattn" if recipe is PAPER and args.concept_type == "object" else "xattn")
 
     # -- the paths, from the original model: every point x_t, its t and its y
     check_coverage(prompts, recipe["paths"], len(args.target))
