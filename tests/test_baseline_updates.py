@@ -250,7 +250,7 @@ def check_esd(module, place, style=False):
         return points
 
     module.draw_path = spy
-    flags = sd.style(place) if style else sd.words(place, "--eta", 1.5)
+    flags = sd.style(place) if style else sd.words(place, "--eta", 1.5, "--train", "noxattn")
     updates, out = place.run(module, *flags, "--lr", 1e-3, few={"paths": 18, "sampling_steps": n})
     prompts, eta = (sum(STYLED, []), 1.0) if style else (TARGETS, 1.5)
     order = [(j, k) for part in (range(16), range(16, 18)) for k in range(n) for j in part]
@@ -742,7 +742,7 @@ MUTANTS = [
     ("esd", "*conditions, recipe[\"guidance\"]", "*conditions, 1.0"),
     ("esd", "optim.Adam(", "optim.AdamW("),
     ("esd", ZERO, ""),
-    ("esd style", '("xattn" if', '("noxattn" if'),
+    ("esd style", 'return "noxattn" if concept_type == "object" and not small else "xattn"', 'return "noxattn"'),
     ("esd style", "prompts[j % len(prompts)] for j in", "prompts[0] for j in"),
     ("conabl", NO_GRAD + GRADED + "        loss = loss_ablation(", GRADED[4:] + "        loss = F.mse_loss("),
     ("conabl", "[w[step % len(w)] for w in wordings]", "anchor_prompts"),

@@ -34,6 +34,13 @@ def test_esd_aims_at_negative_guidance():
     assert torch.allclose(esd.steer_away(null, target, 1.5), guided, atol=1e-6)
 
 
+def test_esd_trains_what_its_paper_does():
+    """All but the cross-attention for objects, the cross-attention for styles; on small models the latter for both."""
+    assert [esd.default_train(kind, small) for kind in ("object", "style") for small in (False, True)] == [
+        "noxattn", "xattn", "xattn", "xattn"]  # fmt: skip
+    assert esd.unlearn.__code__.co_names.count("default_train") == 1
+
+
 def test_esd_paths_are_those_of_diffusers(sd):
     """What draw_path walks is what StableDiffusionPipeline draws by DDIM, unclipped, with the same guidance."""
     sd.scheduler = DDIMScheduler.from_config(sd.scheduler.config, clip_sample=False)
