@@ -59,7 +59,7 @@ def parse_args(argv=None):
 
 
 def default_train(concept_type, small):
-    """The paper: ESD-u for objects, ESD-x for styles. On emoji/sd, ESD-u erased the cat at none of three rates: always ESD-x."""
+    """The paper: ESD-u for objects, ESD-x for styles. On emoji/sd, ESD-u erased the cat at none of three rates: ESD-x there."""
     return "noxattn" if concept_type == "object" and not small else "xattn"
 
 
