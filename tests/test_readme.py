@@ -39,3 +39,20 @@ def test_equations_named_in_the_code_are_in_the_docstring(module):
     source = (doco.REPO / f"{module.__name__}.py").read_text()
     body = source.split('"""', 2)[2]
     assert set(re.findall(r"Eq\. (\d+)", body)) <= set(re.findall(r"Eq\. (\d+)", module.__doc__))
+
+
+DOCUMENTS = ["README.md", "emoji/README.md", *(f"results/{f.name}" for f in sorted((doco.REPO / "results").glob("*.md")))]
+
+
+@pytest.mark.parametrize("file", DOCUMENTS)
+def test_files_that_are_linked_exist(file):
+    text = (doco.REPO / file).read_text()
+    for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text):
+        assert link.startswith("http") or (doco.REPO / file).parent.joinpath(link).exists(), link
+
+
+def test_no_row_to_be_run_again_holds_a_figure():
+    for file in (doco.REPO / "results").glob("*.md"):
+        for line in file.read_text().splitlines():
+            if line.startswith("|") and "to be run again" in line:
+                assert not re.search(r"\d", line.split("to be run again", 1)[1]), line
