@@ -332,7 +332,7 @@ def test_pairs_without_an_image_are_named_and_targets_without_one_are_refused(ca
     doco.check_coverage(pairs, 8, 2)
     says = "warning: 2 of 10 pairs of prompt and target are not trained, for there are 8 anchor images"
     assert says in capsys.readouterr().err
-    with pytest.raises(SystemExit, match="3 targets but 2 anchor images; raise --steps or --batch-size"):
+    with pytest.raises(SystemExit, match="3 targets but 2 anchor images; give fewer --target at once"):
         doco.check_coverage(pairs, 2, 3)
 
 
