@@ -3,6 +3,9 @@
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the tests never ask a hub
+if "PYTEST_XDIST_WORKER" in os.environ:  # two run side by side: one thread each, and none waits for its turn by spinning
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 import torch

@@ -220,7 +220,7 @@ def launch(processes, folder, *flags):
     """The real program under torchrun, without the scoring."""
     script = folder / "launch.py"
     script.write_text("import sys, doco; doco.unlearn(doco.parse_args(sys.argv[1:]))")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", "29531"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(doco.REPO)}
     return subprocess.run([*torchrun, str(script), *flags], env=env, capture_output=True, text=True)
 

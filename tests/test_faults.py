@@ -56,7 +56,7 @@ def program(script, body, out, *flags, processes=None):
     file = script.folder / f"program-{out}.py"
     file.write_text(f"import os, signal, sys\nimport {script.module.__name__} as m\nrank = int(os.environ.get('RANK', 0))\n"
                     f"{body}\nm.unlearn(m.parse_args(sys.argv[1:]))\n")  # fmt: skip
-    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", "29533"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     command = [sys.executable, *(torchrun if processes else []), str(file), *script.argv, "--out", str(script.folder / out)]
     env = os.environ | {"OMP_NUM_THREADS": "1" if processes else str(torch.get_num_threads()), "PYTHONPATH": str(doco.REPO)}
     return subprocess.Popen([*command, *flags], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -252,7 +252,7 @@ m.dist.destroy_process_group = keep"""
     torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
     torch.testing.assert_close(grads[0], ranks[0]["first gradient"], rtol=0, atol=5e-5 * grads[0].abs().max().item())
     # Where a gradient is nothing but rounding, as a bias's before a normalisation, Adam makes a part of a step (6e-5) of it
-    assert largest_difference(one, script.folder / "three") < (1e-6 if script.name == "doco" else 3e-5)
+    assert largest_difference(one, script.folder / "three") < (5e-6 if script.name == "doco" else 3e-5)
 
 
 def test_one_failing_rank_stops_all_with_its_message(script):

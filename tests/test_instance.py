@@ -447,7 +447,7 @@ def launch(processes, folder, *flags):
     """The real program under torchrun, without the scoring."""
     script = folder / "launch.py"
     script.write_text("import sys, instance_unlearn as m; m.unlearn(m.parse_args(sys.argv[1:]))")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", "29532"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(method.REPO)}
     return subprocess.run([*torchrun, str(script), *flags], env=env, capture_output=True, text=True)
 
