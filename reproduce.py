@@ -215,7 +215,8 @@ RECIPES = {"plain": ["--lr-scheduler", "constant", "--timestep-sampling", "unifo
            "tuned": ["--lr-scheduler", "linear", "--timestep-sampling", "stratified"]}  # fmt: skip
 RECIPE_WORDS = {"plain": "constant rate, independent timesteps", "tuned": "falling rate, stratified timesteps"}
 EQUAL = ["--steps", "240", "--batch-size", "8"]  # our method's, for all
-# What instance-rates chose: by SSIM among the rates that forget the cowboy, else the one that forgets most.
+# What instance-rates chose: by SSIM among the rates that forget the cowboy, else the one that forgets most. Provisional where
+# results/instance-rates.md has rows to be run again: EraseDiff and DUO plain, NegGrad and DUO tuned.
 CHOSEN = {("NegGrad", "plain"): "1e-6", ("EraseDiff", "plain"): "2.5e-5", ("SISS (all t)", "plain"): "2.5e-5",
           ("DUO", "plain"): "1e-4", (OURS, "plain"): "2.5e-5", ("NegGrad", "tuned"): "1e-6", ("EraseDiff", "tuned"): "6e-5",
           ("SISS (all t)", "tuned"): "6e-5", ("DUO", "tuned"): "1e-4", (OURS, "tuned"): "6e-5"}  # fmt: skip
