@@ -1,506 +1,743 @@
-"""DoCo: make a text-to-image diffusion model forget a concept, and keep the rest.
+"""DoCo: unlearn a concept of a text-to-image diffusion model, and preserve the rest.
 
-Paper: "Unlearning Concepts in Diffusion Model via Concept Domain Correction and Concept Preserving Gradient",
-Wu et al., AAAI 2025. A discriminator learns to tell what the model denoises for the target concept from what the original model
-denoises for an anchor concept; the model learns to fool it. Where the gradient of that conflicts with the gradient that keeps
-the anchor, the conflicting component is projected out. (AdamW's step may still conflict; --project step projects it instead.)
+Paper: "Unlearning Concepts in Diffusion Model via Concept Domain Correction and Concept Preserving
+Gradient", Wu et al., AAAI 2025, arXiv 2405.15304. A discriminator learns to distinguish the model's
+denoised latents for the target concept from the original model's for an anchor concept; the model
+learns to fool it. Gradient surgery projects out of the model's gradient the component that
+conflicts with the gradient of the usual denoising loss on the anchor.
 
-    x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) eps                                          Eq. 1   noise an anchor picture
-    eps_c  = M_init(x_t, anchor),   eps_c* = M(x_t, target)                          Eq. 5   two predictions, same x_t
-    L_D = -log D(view(eps_c)) - log(1 - D(view(eps_c*)))                             Eq. 8   discriminator: anchor 1, target 0
-    L_u = -log D(view(eps_c*))                                                       Eq. 8   generator, non-saturating form
-    L_r = |eps - M(x_t, anchor)|^2                                                   Eq. 9   keep the anchor
-    G   = G_u if G_u . G_r >= 0 else G_u - lam (G_u . G_r) / |G_r|^2 G_r             Eq. 10  the gradient of the UNet
+One step, for images x_0 that the original model generated from anchor prompts:
+
+    1. x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) eps                      Eq. 1   add noise
+    2. eps_c = M_init(x_t, anchor),  eps_c* = M(x_t, target)        Eq. 5   same x_t, two prompts
+    3. L_r = |eps - M(x_t, anchor)|^2                               Eq. 9   retain the anchor
+    4. L_u = -log D(v*), v* = the x_0 that eps_c* implies           Eq. 8   M learns to fool D
+    5. G = G_u - lam min(0, <G_u, G_r>) / |G_r|^2 G_r               Eq. 10  gradient surgery
+    6. L_D = -log D(v) - log(1 - D(v*)), v of eps_c                 Eq. 8   D tells them apart
+
+All of it is doco_step() below. Before that, D is trained alone for some steps (the warm-up).
+
+    paper              code                          paper            code
+    M, M_init          predict, predict_original     L_u, L_r, L_D    loss_u, loss_r, loss_d
+    c*, c              target, anchor                G_u, G_r, G      g_u, g_r, g
+    x_t, eps, a_t      xt, noise, alpha_bar[t]       lambda, D        lam, disc
 
 Run it (the first line needs nothing but this repository; it uses the small model in emoji/sd):
 
     torchrun doco.py --target "Grumpy Cat" --anchor Cat
     torchrun doco.py --target twemoji --anchor emoji --concept-type style
-    torchrun --nproc-per-node 2 doco.py --model CompVis/stable-diffusion-v1-4 --target Snoopy --anchor Dog
+    torchrun --nproc-per-node 2 doco.py --model CompVis/stable-diffusion-v1-4 \\
+        --target Snoopy --anchor Dog
+
+Changed: D is shown x0_hat, as in the released code; the paper has x_{t-1} (--disc-input xprev). The
+model's loss is the non-saturating one, also as in the code. What else the paper leaves open, and
+where its code differs from it: docs/doco.md.
 """
 
 import argparse
-import json
-import math
-import os
 import re
-import signal
 import sys
+from collections import namedtuple
 from itertools import zip_longest
 from pathlib import Path
 
-import diffusers
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from common import (
-    REPO,
-    agree,
-    atomic_save,
-    checkpoint_step,
-    close,
-    evaluate_run,
-    fail,
-    fingerprint,
-    git_commit,
-    is_embedded,
-    load_or_fail,
-    load_pipeline,
-    lock_run_dir,
-    make_run_dir,
-    read_cache,
-    run_name,
-)
+import common
+from backbones import StableDiffusion, is_embedded, load_backbone, load_pipeline, stack_conditions
+from common import fail
 from discriminator import patchgan
 from gradsurgery import flat_grad, lambda_projection, write_grad
 
-# The paper's settings; D's rate is the released code's, five times that for styles. Its --scale_lr makes --lr 4.8e-5 of 6e-6.
-PAPER = dict(steps=[2000, 1000], batch_size=8, lr=[6e-6, 1e-4], images=1000, guidance=6.0, sampling_steps=25)
-# For toys like emoji/sd, with latents under 32x32: larger rates and fewer steps; these are per target, and twice for a style.
-SMALL = dict(steps=[250, 50], batch_size=8, lr=[1.5e-4, 2e-4], images=64, guidance=6.0, sampling_steps=15)
-
-TRAINED = {"kv": r"attn2\.to_[kv]\.", "xattn": r"attn2\.", "full": r""}  # --train: which UNet weights, by name
-
-OBJECT_PROMPTS = ("{}", "a {}", "a photo of {}", "a photo of a {}", "a picture of a {}", "an emoji of {}", "an emoji of a {}",
-                  "a drawing of a {}", "an image of {}", "the {}", "a cute {}", "{} on a white background")  # fmt: skip
-# The models in emoji/ know emoji; of any other, two of twelve anchor images would be emoji that nobody asked for.
-OTHER_PROMPTS = tuple(t for t in OBJECT_PROMPTS if "emoji" not in t)
-STYLE_SUBJECTS = ("cat", "dog", "bird", "fish", "horse", "tiger", "rabbit", "frog", "butterfly", "rose", "sunflower", "house",
-                  "car", "pizza", "banana", "apple", "face", "bear", "tree", "strawberry", "ghost", "owl")  # fmt: skip
-
-
-def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--target", nargs="+", required=True, help="what to forget; several are forgotten at once")
-    p.add_argument("--anchor", nargs="+", required=True, help="what to draw instead: one for all, or one each")
-    p.add_argument("--concept-type", choices=("object", "style"), default="object", help="style: the anchor is a medium")
-    p.add_argument("--prompts", type=Path, help="text file of anchor prompts, one a line (default: built-in templates)")
-    p.add_argument("--model", default=str(REPO / "emoji/sd"), help="Stable Diffusion 1.x/2.x: folder or hub id")
-    p.add_argument("--init", type=Path, help="an earlier run folder to go on from; its targets stay forgotten")
-    p.add_argument("--resolution", type=int, help="pixels of a side (default: the model's own)")
-    p.add_argument("--steps", type=int, nargs="+", metavar="N", help="iterations, and how many of them train D only")
-    p.add_argument("--batch-size", type=int, help="pictures per iteration, over all processes")
-    p.add_argument("--lr", type=float, nargs="+", help="learning rates of the UNet, and of the discriminator")
-    p.add_argument("--lam", type=float, default=1.0, help="lambda of Eq. 10: how much of the conflict is cut away")
-    p.add_argument("--view", default="x0", help="what D sees: x0, or xprev:STRIDE (the paper: xprev:1)")
-    p.add_argument("--retain", choices=("none", "l2", "cp"), default="cp", help="Table 3: nothing, adding L_r, or Eq. 10")
-    p.add_argument("--project", choices=("gradient", "step"), default="gradient", help="what Eq. 10 is applied to: "
-                   "the gradient, as in the paper, or the step that AdamW makes of it")  # fmt: skip
-    p.add_argument("--train", choices=tuple(TRAINED), default="kv", help="cross-attention K and V, all of it, or the UNet")
-    p.add_argument("--compile", action="store_true", help="torch.compile the UNet, which takes minutes at first")
-    p.add_argument("--gradient-checkpointing", action="store_true", help="less memory, passes forward twice; same weights")
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--out", type=Path, help="run folder (default: runs/doco-TARGET)")
-    p.add_argument("--resume", action="store_true", help="go on with a run that was stopped")
-    p.add_argument("--save-pipeline", action="store_true", help="also write the whole pipeline folder to OUT/pipeline")
-    return p.parse_args(argv)
-
-
-# ---- 1. the method: pure functions of tensors -------------------------------------------------------------------
+# ---- 1. the method: pure functions of tensors ---------------------------------------------------
+# B: images of a batch; h, w: sides of a latent, 64 for 512 pixels; n: number of trained weights.
+#
+# To use DoCo in a project of your own, copy this section, gradsurgery.py and discriminator.py. They
+# need torch alone. The rest of this file is training loop, prompts, flags and bookkeeping.
 
 
 def add_noise(x0, noise, alpha_bar_t):
-    """Eq. 1: x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) eps. Latents (B, 4, h, w), alpha_bar_t (B, 1, 1, 1)."""
+    """Eq. 1: x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) eps. Latents (B, 4, h, w), a_t (B, 1, 1, 1)."""
     return alpha_bar_t.sqrt() * x0 + (1 - alpha_bar_t).sqrt() * noise
 
 
-def view_x0(xt, eps, alpha_bar_t):
-    """What the released code shows D, and the default here: x0_hat = (x_t - sqrt(1 - a_t) eps) / sqrt(a_t), (B, 4, h, w)."""
+def x0_from_eps(xt, eps, alpha_bar_t):
+    """Eq. 1 solved for x_0: x0_hat = (x_t - sqrt(1 - a_t) eps) / sqrt(a_t), (B, 4, h, w)."""
     return (xt - (1 - alpha_bar_t).sqrt() * eps) / alpha_bar_t.sqrt()
 
 
-def view_xprev(xt, eps, alpha_bar_t, alpha_bar_prev, noise):
-    """What the paper shows D (Eq. 8): x_{t-stride} by a DDPM step, (B, 4, h, w). eps moves it 80 to 1,200 times less."""
-    a = alpha_bar_t / alpha_bar_prev  # the alphas of the skipped steps, multiplied
-    mean = alpha_bar_prev.sqrt() * (1 - a) * view_x0(xt, eps, alpha_bar_t) + a.sqrt() * (1 - alpha_bar_prev) * xt
-    return mean / (1 - alpha_bar_t) + ((1 - alpha_bar_prev) / (1 - alpha_bar_t) * (1 - a)).sqrt() * noise
+def posterior_sample(xt, eps, alpha_bar_t, alpha_bar_prev, noise):
+    """A sample x_{t-stride} of the DDPM posterior q(x_{t-stride} | x_t, x0_hat), (B, 4, h, w).
 
-
-def loss_discriminator(disc, view_anchor, view_target):
-    """Eq. 8, max over D: -log D(anchor) - log(1 - D(target)), for views (B, 4, h, w) and D = sigmoid(logits). 0-dim."""
-    return F.softplus(-disc(view_anchor)).mean() + F.softplus(disc(view_target)).mean()
-
-
-def loss_unlearn(disc, view_target):
-    """Eq. 8, min over the UNet, as -log D(target) and not log(1 - D): the same fixed point without its vanishing gradient."""
-    return F.softplus(-disc(view_target)).mean()
-
-
-def swap(params, originals):
-    """Turns the UNet into the original model, bitwise, and at the second call back: the few trained tensors trade places.
-
-    Not while a graph is alive, nor inside an autocast: that keeps low-precision copies of the weights.
+    Eq. 6 and 7 of DDPM (Ho et al. 2020), with the alphas of the skipped steps multiplied. For a
+    stride of 1, its gradient with respect to eps is 80 to 1,200 times smaller than x0_hat's: one
+    step of 1000 moves x_t very little. This is what the paper shows D.
     """
-    for p, o in zip(params, originals, strict=True):
-        p.data, o.data = o.data, p.data
+    alpha = alpha_bar_t / alpha_bar_prev  # (B, 1, 1, 1)
+    x0_hat = x0_from_eps(xt, eps, alpha_bar_t)
+    weighted_x0 = alpha_bar_prev.sqrt() * (1 - alpha) * x0_hat
+    mean = weighted_x0 + alpha.sqrt() * (1 - alpha_bar_prev) * xt
+    variance = (1 - alpha_bar_prev) / (1 - alpha_bar_t) * (1 - alpha)
+    return mean / (1 - alpha_bar_t) + variance.sqrt() * noise
+
+
+def discriminator_input(kind, xt, eps, t, alpha_bar, stride, noise):
+    """What D is shown of a prediction eps at x_t: "x0" or "xprev". (B, 4, h, w) in both cases.
+
+    noise: that of the posterior sample. Anchor and target get the same, or D would learn nothing
+    but noise.
+    """
+    alpha_bar_t = alpha_bar[t].view(-1, 1, 1, 1)
+    if kind == "x0":
+        return x0_from_eps(xt, eps, alpha_bar_t)
+    alpha_bar_prev = alpha_bar[(t - stride).clamp(min=0)]
+    alpha_bar_prev = torch.where(t < stride, 1.0, alpha_bar_prev)  # x_0 itself has no noise
+    return posterior_sample(xt, eps, alpha_bar_t, alpha_bar_prev.view(-1, 1, 1, 1), noise)
+
+
+def loss_discriminator(logits_anchor, logits_target):
+    """Eq. 8, max over D, as a loss: -log D(anchor) - log(1 - D(target)), D = sigmoid(logits)."""
+    # softplus(-l) = -log sigmoid(l), without overflow
+    return F.softplus(-logits_anchor).mean() + F.softplus(logits_target).mean()
+
+
+def loss_unlearn(logits_target):
+    """Eq. 8, min over M, in its non-saturating form: -log D(target) instead of log(1 - D(target)).
+
+    Both have the same fixed point. But where D is sure of the target, as after the warm-up, the
+    gradient of the paper's form vanishes, and M would learn nothing (Goodfellow et al. 2014).
+    """
+    return F.softplus(-logits_target).mean()
+
+
+# x0: latents of anchor images (B, 4, h, w); noise: of the same shape; t: timesteps (B,); anchor and
+# target: conditions on the prompts, whatever `predict` takes; posterior_noise: for "xprev" alone.
+ForgetBatch = namedtuple("ForgetBatch", "x0 noise t anchor target posterior_noise")
+RetainBatch = namedtuple("RetainBatch", "x0 noise t anchor")
+
+# Flat gradients, averaged over the ranks, and 0-dim statistics. g: of M, Eq. 10 applied, or None in
+# the warm-up; g_d: of D; g_r: G_r, or None without retention.
+DocoUpdate = namedtuple("DocoUpdate", "g g_d g_r stats")
+
+
+def doco_step(
+    predict,  # the model M: (x_t (B, 4, h, w), t (B,), condition) -> eps (B, 4, h, w)
+    predict_original,  # the original model M_init: the same signature
+    disc,  # D: (B, 4, h, w) -> patch logits (B, 1, 2, 2), > 0 for the anchor
+    params,  # the trained weights of M, n numbers in all
+    alpha_bar,  # (1000,), cumulative products: alpha_t in the paper
+    batch_f,  # ForgetBatch
+    batch_r,  # RetainBatch, sampled independently of batch_f
+    lam=1.0,  # lambda of Eq. 10
+    disc_input="x0",  # or "xprev"
+    stride=1,  # of "xprev"
+    retain="cp",  # "cp": Eq. 10; "l2": add G_r; "none" (the ablation of Table 3)
+    project="gradient",  # what Eq. 10 projects; "step": leave it to optimizer_step
+    train_model=True,  # False in the warm-up
+):
+    """One step of DoCo: three forward passes of the network, two backward. Changes no weight.
+
+    Returns a DocoUpdate. In the warm-up, D's gradient alone, for one pass of each network.
+    """
+    g, g_r, stats = None, None, {}
+
+    # Eq. 9: L_r = |eps - M(x_t, anchor)|^2. This pass comes first: flat_grad frees its graph before
+    # the graph of the next pass is built, so that the memory holds one of them, never both.
+    if train_model and retain != "none":
+        xt_r = add_noise(batch_r.x0, batch_r.noise, alpha_bar[batch_r.t].view(-1, 1, 1, 1))
+        loss_r = F.mse_loss(predict(xt_r, batch_r.t, batch_r.anchor), batch_r.noise)
+        g_r = flat_grad(loss_r, params)  # (n,)
+        stats["loss_r"] = loss_r
+
+    # Eq. 1: x_t, from an image of the anchor. Eq. 8 of the paper takes the second expectation over
+    # images of the target; its code uses anchor images for both, and so do we: no image of what is
+    # to be unlearned is needed.
+    xt = add_noise(batch_f.x0, batch_f.noise, alpha_bar[batch_f.t].view(-1, 1, 1, 1))
+
+    # Eq. 5: two predictions at the same x_t, the original model's for the anchor and the trained
+    # model's for the target. Whatever D finds to tell them apart comes from the prompt.
+    view = (batch_f.t, alpha_bar, stride, batch_f.posterior_noise)
+    with torch.no_grad():
+        eps_anchor = predict_original(xt, batch_f.t, batch_f.anchor)
+        view_anchor = discriminator_input(disc_input, xt, eps_anchor, *view)  # (B, 4, h, w)
+    with torch.set_grad_enabled(train_model):
+        eps_target = predict(xt, batch_f.t, batch_f.target)
+        view_target = discriminator_input(disc_input, xt, eps_target, *view)  # (B, 4, h, w)
+
+    if train_model:
+        # Eq. 8, the model's half: L_u = -log D(v*). flat_grad goes through D to the weights of M
+        # and leaves D alone. In the released code this gradient stays on D, and enters its step.
+        loss_u = loss_unlearn(disc(view_target))
+        g_u = flat_grad(loss_u, params)  # (n,)
+        g = g_u
+        stats["loss_u"] = loss_u
+        if g_r is not None:
+            # Eq. 10: G = G_u - lam min(0, <G_u, G_r>) / |G_r|^2 G_r. G_r itself is never added: it
+            # retains the anchor by what it takes away from G_u. Adding it is the ablation "l2".
+            projected, surgery = lambda_projection(g_u, g_r, lam)
+            stats |= surgery  # cos, norm_f, norm_r, conflict
+            if retain == "l2":
+                g = g_u + g_r
+            elif project == "gradient":
+                g = projected
+        stats["norm_g"] = g.norm()
+
+    # Eq. 8, D's half: L_D = -log D(v) - log(1 - D(v*)), on the inputs that M was trained with. By
+    # flat_grad and not backward(), because it averages over the ranks.
+    logits_anchor, logits_target = disc(view_anchor), disc(view_target.detach())
+    loss_d = loss_discriminator(logits_anchor, logits_target)
+    g_d = flat_grad(loss_d, disc.parameters())
+    hits = (logits_anchor > 0).float().mean() + (logits_target < 0).float().mean()
+    stats |= {"loss_d": loss_d, "disc_acc": hits / 2}  # accuracy 0.5: M fools D
+    return DocoUpdate(g, g_d, g_r, {name: value.detach() for name, value in stats.items()})
+
+
+def optimizer_step(optimizer, params, g, g_r=None, lam=1.0, project=False):
+    """Steps along g (n,). With g_r, returns the cosine of minus that step and g_r, else None.
+
+    Why it may be negative: AdamW rescales the gradient entry by entry and adds momentum, so that
+    its step can conflict with G_r even though G, after Eq. 10, cannot. With project=True, Eq. 10 is
+    applied to the step itself. Costs a copy of the trained weights; without g_r, nothing.
+    """
+    before = None if g_r is None else flatten(params)  # (n,)
+    write_grad(params, g)
+    optimizer.step()
+    optimizer.zero_grad()
+    if g_r is None:
+        return None
+    step = before - flatten(params)  # (n,)
+    projected, stats = lambda_projection(step, g_r, lam)  # Eq. 10
+    if project:
+        unflatten(params, before - projected)
+    return stats["cos"]
+
+
+def swap_weights(params, originals):
+    """Swaps trained and original weights in place: M becomes M_init, bitwise, and M again.
+
+    The original model so costs a copy of what is trained, 2 % of Stable Diffusion, and not a second
+    network. Never call it while a graph is alive, or inside autocast, which caches low-precision
+    copies of the weights.
+    """
+    for p, original in zip(params, originals, strict=True):
+        p.data, original.data = original.data, p.data
 
 
 def flatten(params):
-    """The values of some parameters as one vector (n,), a copy."""
+    """The values of the parameters as one vector (n,), a copy."""
     return torch.cat([p.detach().reshape(-1) for p in params])
 
 
 def unflatten(params, flat):
-    """Writes a vector (n,) back into the parameters, in place."""
+    """Writes a vector (n,) back into the parameters, in place: the inverse of flatten."""
     for p, values in zip(params, flat.split([p.numel() for p in params]), strict=True):
         p.data.copy_(values.view_as(p))
 
 
-# ---- 2. prompts ---------------------------------------------------------------------------------------------------
+# ---- 2. the training loop -----------------------------------------------------------------------
 
 
-def prompt_pairs(args):
-    """[(anchor prompt, [target prompts])]: one entry per template and target, the targets taking turns.
+def train(backbone, trained, latents, pairs, conditions, args, run, processes):
+    """Runs the steps of DoCo on the trained weights, {name: parameter}, in place.
 
-    Taking turns matters: anchor image j belongs to entry j modulo their number, so that with fewer images than entries it is
-    the last templates that go untrained, of every target, and never a whole target.
+    latents: anchor images (N, 4, h, w), image j from entry j mod len(pairs) of the prompt pairs.
+    conditions: {prompt: condition}. args: the flags, their defaults filled in. Resumes a run that
+    has a checkpoint; writes the log every ten steps.
     """
-    anchors = args.anchor * len(args.target) if len(args.anchor) == 1 else args.anchor
-    if len(anchors) != len(args.target):
-        fail(f"{len(args.target)} targets but {len(anchors)} anchors; give one --anchor for all, or one each")
-    if args.prompts and not args.prompts.is_file():
-        fail(f"--prompts {args.prompts}: no such file")
-    lines = args.prompts and [line.strip() for line in args.prompts.read_text("utf-8", "replace").splitlines() if line.strip()]
-    if lines == []:
-        fail(f"--prompts {args.prompts} is empty; expected one anchor prompt a line")
-    templates = OBJECT_PROMPTS if is_embedded(args.model) else OTHER_PROMPTS
-    words = {a: re.compile(rf"(?<!\w){re.escape(a)}(?!\w)", re.IGNORECASE) for a in anchors}  # "man" is not in "woman"
-    per_target = []
-    for target, anchor in zip(args.target, anchors, strict=True):
+    params = list(trained.values())
+    originals = [p.detach().clone() for p in params]  # all that M_init costs
+    if args.init:
+        load_init(args.init, trained)  # after the copy: the anchor is what the original model knew
+
+    torch.manual_seed(args.seed)  # the same D on every rank; all later draws have generators
+    disc = patchgan(latents.shape[-1], latents.shape[1]).to(processes.device)
+    # The paper names no optimizer. As in the released code: AdamW with a weight decay of 1e-2 for
+    # the model; for D, Adam with the betas 0.5 and 0.999 that GANs are trained with since DCGAN.
+    optimizer = torch.optim.AdamW(params, lr=args.lr, weight_decay=1e-2, fused=True)
+    opt_disc = torch.optim.Adam(disc.parameters(), lr=args.disc_lr, betas=(0.5, 0.999), fused=True)
+
+    state = {f"unet/{n}": p for n, p in trained.items()}
+    state |= {f"disc/{n}": t for n, t in disc.state_dict().items()}
+    start, log = common.resume(run, state, (optimizer, opt_disc))
+
+    def predict_original(xt, t, condition):
+        """M_init: the same network, with its original weights for this one pass."""
+        swap_weights(params, originals)
+        eps = backbone.predict(xt, t, condition)
+        swap_weights(params, originals)
+        return eps
+
+    conflicts = []  # since the last row of the log: 1 where G_u and G_r conflicted, else 0
+    progress = common.progress_bar(start, args.steps, processes)
+    with common.sigterm_flag() as stop_requested:
+        for step in progress:
+            train_model = step >= args.warmup_steps
+            is_logging_step = (step + 1) % 10 == 0 or step + 1 == args.steps
+            batch_f, batch_r = sample_batches(
+                step, latents, pairs, conditions, backbone.alpha_bar, args, processes
+            )
+
+            # All gradients at the weights as they are; then both optimizers take their steps.
+            update = doco_step(
+                backbone.predict,
+                predict_original,
+                disc,
+                params,
+                backbone.alpha_bar,
+                batch_f,
+                batch_r,
+                lam=args.lam,
+                disc_input=args.disc_input,
+                stride=args.stride,
+                retain=args.retain,
+                project=args.project,
+                train_model=train_model,
+            )
+            stats = update.stats
+            if train_model:
+                project = args.project == "step"
+                g_r = update.g_r if project or is_logging_step else None  # measuring costs a copy
+                cos_step = optimizer_step(optimizer, params, update.g, g_r, args.lam, project)
+                stats |= {} if cos_step is None else {"cos_step": cos_step}
+            write_grad(disc.parameters(), update.g_d)
+            opt_disc.step()
+
+            if "conflict" in stats:
+                conflicts.append(stats["conflict"])
+                stats["conflict"] = torch.stack(conflicts).mean()
+            if is_logging_step:
+                # One transfer from the device for all values. Reading them at every step would make
+                # a GPU wait. The mean over the ranks, each of which saw its part of the batch.
+                values = common.average(torch.stack(list(stats.values())), processes).tolist()
+                log.append({"step": step} | dict(zip(stats, values, strict=True)))
+                conflicts = []
+                shown = ("loss_d", "disc_acc", "loss_u", "cos")
+                progress.set_postfix({k: f"{log[-1][k]:.3f}" for k in shown if k in log[-1]})
+                checkpoint = (state, (optimizer, opt_disc))
+                every = 10 * max(1, args.steps // 200)
+                common.save_progress(
+                    run, log, step + 1, checkpoint, every, stop_requested, processes
+                )
+
+
+def sample_batches(step, latents, pairs, conditions, alpha_bar, args, processes):
+    """The ForgetBatch and the RetainBatch of a step; of each, the slice of this process.
+
+    Every rank samples the whole batch from (seed, step) and takes its rows. So N processes compute
+    what one does, and a resumed run needs no saved RNG state.
+    """
+    n, device = args.batch_size, processes.device
+    rows = common.local_slice(n, processes)
+    g = common.generator(args.seed, "doco_steps", step)
+
+    # Two independent batches: what D sees, and what is to be retained. In the released code the
+    # second is the first one's images with other noise.
+    idx, idx_r = torch.randint(len(latents), (2, n), generator=g)[:, rows].tolist()
+    t, t_r = torch.randint(len(alpha_bar), (2, n), generator=g)[:, rows].to(device)
+    noises = torch.randn(3, n, *latents.shape[1:], generator=g)[:, rows].to(device)
+    noise, noise_r, posterior_noise = noises  # (B, 4, h, w) each
+
+    # Latent j was generated for entry j mod len(pairs). Where an entry has several target prompts
+    # (three for a style), they take turns from step to step.
+    entries = [pairs[j % len(pairs)] for j in idx]
+    entries_r = [pairs[j % len(pairs)] for j in idx_r]
+    anchor = stack_conditions([conditions[prompt] for prompt, _ in entries])
+    anchor_r = stack_conditions([conditions[prompt] for prompt, _ in entries_r])
+    target_prompts = [variants[step % len(variants)] for _, variants in entries]
+    target = stack_conditions([conditions[prompt] for prompt in target_prompts])
+
+    batch_f = ForgetBatch(latents[idx], noise, t, anchor, target, posterior_noise)
+    batch_r = RetainBatch(latents[idx_r], noise_r, t_r, anchor_r)
+    return batch_f, batch_r
+
+
+def load_init(folder, trained):
+    """Loads the weights of an earlier run into the trained ones, {name: parameter}, in place."""
+    file = folder / "delta.safetensors"
+    earlier = common.load_or_fail(file, lambda: load_file(file))
+    for name, value in earlier.items():
+        if name not in trained or value.shape != trained[name].shape:
+            fail(
+                f"--init {folder} trained {name}, which is not trained here; "
+                f"repeat its --model and --train-method"
+            )
+        trained[name].data.copy_(value)
+
+
+# ---- 3. prompts ---------------------------------------------------------------------------------
+# The paper does not say which prompts it trains on; its released code has 200 per concept, written
+# by ChatGPT or taken from the captions of LAION. --prompts takes such a file. Without it, the
+# templates below serve: the anchor's name for {}, and for the target's prompt the target's name.
+
+OBJECT_PROMPTS = (
+    "{}",
+    "a {}",
+    "a photo of {}",
+    "a photo of a {}",
+    "a picture of a {}",
+    "an emoji of {}",
+    "an emoji of a {}",
+    "a drawing of a {}",
+    "an image of {}",
+    "the {}",
+    "a cute {}",
+    "{} on a white background",
+)
+# A style is learned by what it is applied to: "an emoji of a cat" -> "a cat, in the style of twemoji"
+STYLE_SUBJECTS = (
+    "cat dog bird fish horse tiger rabbit frog butterfly rose sunflower house "
+    "car pizza banana apple face bear tree strawberry ghost owl"
+).split()
+
+
+def prompt_pairs(targets, anchors, concept_type="object", prompts=None, emoji=False):
+    """[(anchor prompt, [target prompts])]: an entry per template and target, targets taking turns.
+
+    anchors: one for all targets, or one per target. prompts: a text file of anchor prompts, one per
+    line, in place of the templates. emoji: the model knows emoji; of any other model, two of twelve
+    anchor images would be emoji that nobody asked for.
+
+    Turns matter: anchor image j belongs to entry j modulo their number. With fewer images than
+    entries, the last templates of every target go untrained, and never a whole target.
+    """
+    anchors = anchors * len(targets) if len(anchors) == 1 else anchors
+    if len(anchors) != len(targets):
+        fail(
+            f"{len(targets)} targets but {len(anchors)} anchors; "
+            f"give one --anchor for all, or one each"
+        )
+    lines = read_prompts(prompts) if prompts else None
+    per_target = []  # a list of pairs for each target
+    for target, anchor in zip(targets, anchors, strict=True):
         if not target.strip() or not anchor.strip():
             fail("--target and --anchor must not be empty")
         if target.lower() == anchor.lower():
-            fail(f"--target and --anchor are both {target!r}; there is nothing to change")
-        pairs = []
-        if args.concept_type == "style":
-            article = "an" if anchor[0].lower() in "aeiou" else "a"
-            for p in lines or [f"{article} {anchor} of a {s}" for s in STYLE_SUBJECTS]:
-                subject = p.removeprefix(f"{article} {anchor} of ")
-                pairs.append((p, [f"{q}, in the style of {target}" for q in (p, subject)] + [f"in {target}'s style, {p}"]))
+            fail(f"--target and --anchor are both {target!r}; there is nothing to unlearn")
+        if concept_type == "style":
+            per_target.append(style_pairs(target, anchor, lines))
         else:
-            fitting = [p for p in lines or [t.format(anchor) for t in templates] if words[anchor].search(p)]
-            if lines and len(fitting) < len(lines) and (len(words) == 1 or not fitting):
-                fail(f"--prompts: {min(set(lines) - set(fitting))!r} does not contain the anchor {anchor!r}, to be replaced")
-            pairs = [(p, [words[anchor].sub(lambda _, t=target: t, p)]) for p in fitting]
-        per_target.append(pairs)
+            one_anchor = len(set(anchors)) == 1  # then every line of --prompts must contain it
+            per_target.append(object_pairs(target, anchor, lines, emoji, one_anchor))
+    # First pair of each target, second pair of each, ...; zip_longest fills shorter lists with None.
     return [pair for turn in zip_longest(*per_target) for pair in turn if pair]
 
 
-def check_coverage(pairs, n_images, n_targets, warn=True):
-    """Says how many entries of prompt_pairs get no image; with fewer images than targets, that is an error."""
-    if n_images < n_targets:
-        fail(f"{n_targets} targets but {n_images} anchor images; give fewer --target at once, or raise --steps or --batch-size")
-    if n_images < len(pairs) and warn:
-        tqdm.write(f"warning: {len(pairs) - n_images} of {len(pairs)} pairs of prompt and target are not trained, for there "
-                   f"are {n_images} anchor images; every target keeps its first prompts", file=sys.stderr)  # fmt: skip
+def read_prompts(path):
+    """The lines of a text file of anchor prompts, without the empty ones."""
+    if not path.is_file():
+        fail(f"--prompts {path}: no such file")
+    lines = [line.strip() for line in path.read_text("utf-8", "replace").splitlines()]
+    lines = [line for line in lines if line]
+    if not lines:
+        fail(f"--prompts {path} is empty; expected one anchor prompt per line")
+    return lines
 
 
-# ---- 3. checkpoints and anchor images ---------------------------------------------------------------------------
+def object_pairs(target, anchor, lines, emoji, one_anchor):
+    """The pairs of one target: prompts with the anchor, and the same with the target in its place.
 
-
-def save_checkpoint(path, step, trained, disc, optimizers):
-    """All that the next iteration needs, in one file. Random draws need nothing: they follow (seed, step)."""
-    tensors = {f"unet/{n}": p for n, p in trained.items()} | {f"disc/{n}": t for n, t in disc.state_dict().items()}
-    for k, optimizer in enumerate(optimizers):
-        for i, state in optimizer.state_dict()["state"].items():
-            tensors |= {f"{k}/{i}/{moment}": t for moment, t in state.items()}
-    atomic_save(path, tensors, metadata={"step": str(step)})
-
-
-def load_checkpoint(path, trained, disc, optimizers):
-    """Puts everything back and returns the number of iterations done."""
-    tensors = load_file(path)
-    for n, p in trained.items():
-        p.data.copy_(tensors.pop(f"unet/{n}"))
-    disc.load_state_dict({n: tensors.pop(f"disc/{n}") for n in disc.state_dict()})
-    states = [{} for _ in optimizers]
-    for (k, i, moment), t in ((name.split("/"), t) for name, t in tensors.items()):
-        states[int(k)].setdefault(int(i), {})[moment] = t
-    for optimizer, state in zip(optimizers, states, strict=True):
-        optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
-    return checkpoint_step(path)
-
-
-def sample_anchor_latents(pipe, emb, pairs, n, size, recipe, seed, rank=0, world=1):
-    """n images of the anchor prompts from the original model, as latents (n, 4, size, size); the ranks share the work.
-
-    DPM-Solver++ with recipe["sampling_steps"] steps and guidance recipe["guidance"], as in the released code, which saves
-    them as JPEG in between. Image j follows (seed, j) and entry j of the pairs, whatever the number of ranks.
+    Of several anchors, each takes the lines that contain it; a line without a single anchor, or an
+    anchor without a line, is an error.
     """
-    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
-    pipe.set_progress_bar_config(disable=True)
-    pixels, device = size * pipe.vae_scale_factor, pipe.device
-    latents = torch.zeros(n, pipe.unet.config.in_channels, size, size, device=device)
-    chunks = [range(i, min(i + 16, n)) for i in range(0, n, 16)]
-    for chunk in tqdm(chunks[rank::world], f"{n} anchor images", disable=rank > 0):
-        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            latents[list(chunk)] = pipe(
-                prompt_embeds=torch.stack([emb[pairs[j % len(pairs)][0]] for j in chunk]),
-                negative_prompt_embeds=emb[""].expand(len(chunk), -1, -1), guidance_scale=recipe["guidance"],
-                generator=[torch.Generator().manual_seed(seed * 1_000_003 + j) for j in chunk], output_type="latent",
-                num_inference_steps=recipe["sampling_steps"], height=pixels, width=pixels,
-            ).images.float()  # fmt: skip
-    if world > 1:
-        dist.all_reduce(latents)  # each rank has filled its own rows
-    return latents
+    word = re.compile(rf"(?<!\w){re.escape(anchor)}(?!\w)", re.IGNORECASE)  # no "man" in "woman"
+    templates = [t for t in OBJECT_PROMPTS if emoji or "emoji" not in t]
+    candidates = lines or [t.format(anchor) for t in templates]
+    fitting = [p for p in candidates if word.search(p)]
+    if lines and len(fitting) < len(lines) and (one_anchor or not fitting):
+        other = min(set(lines) - set(fitting))
+        fail(f"--prompts: {other!r} does not contain the anchor {anchor!r}, to be replaced")
+    return [(p, [word.sub(lambda _: target, p)]) for p in fitting]
 
 
-def save_pipeline(args, out):
-    """OUT/pipeline: the whole model with the unlearned weights, for tools that take folders. After the weights are saved."""
-    pipe = load_pipeline(args.model, (StableDiffusionPipeline,), safety_checker=True, dtype=torch.float32)
-    pipe.unet.load_state_dict(load_file(out / "delta.safetensors"), strict=False)
-    atomic_save(out / "pipeline", pipe=pipe)
+def style_pairs(target, anchor, lines):
+    """The pairs of one target style; the anchor is a medium: "a painting of a cat".
+
+    Three target prompts for each: "a painting of a cat, in the style of Van Gogh"; the same without
+    the medium; "in Van Gogh's style, a painting of a cat". They take turns from step to step.
+    """
+    article = "an" if anchor[0].lower() in "aeiou" else "a"
+    pairs = []
+    for p in lines or [f"{article} {anchor} of a {subject}" for subject in STYLE_SUBJECTS]:
+        subject = p.removeprefix(f"{article} {anchor} of ")
+        target_prompts = [
+            f"{p}, in the style of {target}",
+            f"{subject}, in the style of {target}",
+            f"in {target}'s style, {p}",
+        ]
+        pairs.append((p, target_prompts))
+    return pairs
 
 
-# ---- 4. the run ---------------------------------------------------------------------------------------------------
+def check_coverage(pairs, n_images, n_targets, warn=True):
+    """Warns of entries of prompt_pairs that get no anchor image; fails if a whole target gets none.
+
+    A pair without an image is never trained: the batches of train() are made of images.
+    """
+    if n_images < n_targets:
+        fail(
+            f"{n_targets} targets but {n_images} anchor images; "
+            f"give fewer --target at once, or raise --steps or --batch-size"
+        )
+    if n_images < len(pairs) and warn:
+        message = (
+            f"warning: {len(pairs) - n_images} of {len(pairs)} pairs of prompt and target are not "
+            f"trained, for there are {n_images} anchor images; every target keeps its first prompts"
+        )
+        tqdm.write(message, file=sys.stderr)
 
 
-def unlearn(args):
-    """Runs DoCo and returns the run folder (None on all ranks but the first). Bad input ends it with one line."""
-    # -- processes (torchrun sets the variables) and device: bf16 on a GPU; fp32 on a CPU, where N processes equal one
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    mps = torch.backends.mps.is_available() and world == 1  # no process group for several of these
-    device = torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
-    if device.type == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    amp = lambda: torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")  # noqa: E731
+# ---- 4. presets and flags -----------------------------------------------------------------------
 
-    # -- check what can be checked before anything is loaded
-    pairs = prompt_pairs(args)
-    if not (view := re.fullmatch(r"(x0)|xprev(?::([1-9]\d{0,2}))?", args.view)):
-        fail(f"--view {args.view}: expected x0, xprev or xprev:STRIDE with a stride of 1 to 999")
+# The settings of the paper, and of its released code where the paper is silent (D's learning rate,
+# anchor images). With --scale_lr, that code trains the model at 6e-6 * 8 images = 4.8e-5.
+PAPER = {"steps": 2000, "warmup_steps": 1000, "batch_size": 8, "lr": 6e-6, "disc_lr": 1e-4}
+PAPER_IMAGES = {"num_images": 1000, "sampling_steps": 25, "guidance": 6.0}
+# For small models (latents below 32x32) such as emoji/sd: higher learning rates, fewer steps. The
+# steps are for one target; each further target adds as many, and a style takes twice as many. They
+# were chosen on the grumpy cat (for styles, on twemoji).
+SMALL = {"steps": 250, "warmup_steps": 50, "batch_size": 8, "lr": 1.5e-4, "disc_lr": 2e-4}
+SMALL_IMAGES = {"num_images": 64, "sampling_steps": 15, "guidance": 6.0}
+
+# --train-method: the trained weights of the UNet, as a regular expression on their names. attn2 is
+# the cross-attention, where the prompt enters. "kv", its keys and values, are 2 % of Stable
+# Diffusion's UNet; the released code trains them, the paper does not say.
+TRAINABLE = {"kv": r"attn2\.to_[kv]\.", "xattn": r"attn2\.", "full": r""}
+
+
+def parse_args(argv=None):
+    """The command line. Defaults that depend on the model are filled in by fill_defaults."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=common.HelpFormatter)
+    add = parser.add_argument_group("concepts").add_argument
+    add("--target", nargs="+", required=True, help="concept to unlearn; several: all at once")
+    add("--anchor", nargs="+", required=True, help="anchor concept: one for all, or one per target")
+    add("--concept-type", choices=("object", "style"), default="object", help="of --target")
+    add("--prompts", type=Path, help="file of anchor prompts, one per line (without it: templates)")
+
+    add = parser.add_argument_group("model").add_argument
+    add("--model", default=str(common.REPO / "emoji/sd"), help="Stable Diffusion 1.x or 2.x")
+    add("--init", type=Path, help="earlier run folder to start from; it stays unlearned")
+    add("--resolution", type=int, help="side of an image in pixels (without it: the model's own)")
+    help_text = "keys and values of the cross-attention, all of the cross-attention, or the UNet"
+    add("--train-method", choices=TRAINABLE, default="kv", help=help_text)
+
+    # The values in brackets are the paper's and the small-model preset's.
+    group = parser.add_argument_group("training", "without a value: (paper; small models)")
+    add = group.add_argument
+    add("--steps", type=int, help="training steps in all (2000; 250 per target, 500 for a style)")
+    add("--warmup-steps", type=int, help="of these, the first ones train D alone (1/2; 1/5)")
+    add("--batch-size", type=int, help="images per step, over all processes (8; 8)")
+    add("--lr", type=float, help="learning rate of the model (6e-6; 1.5e-4)")
+    add("--disc-lr", type=float, help="of the discriminator (1e-4; 2e-4; 5 times that for styles)")
+
+    add = parser.add_argument_group("method").add_argument
+    add("--lam", type=float, default=1.0, help="lambda of Eq. 10, the projection strength")
+    help_text = "what D is shown: x0_hat, or x_{t-stride} (the paper: xprev with stride 1)"
+    add("--disc-input", choices=("x0", "xprev"), default="x0", help=help_text)
+    add("--stride", type=int, default=1, help="of --disc-input xprev, in timesteps")
+    help_text = "Table 3: no retention, adding G_r (L2), or Eq. 10 (concept-preserving gradient)"
+    add("--retain", choices=("none", "l2", "cp"), default="cp", help=help_text)
+    help_text = "what Eq. 10 is applied to: the gradient, as in the paper, or AdamW's step"
+    add("--project", choices=("gradient", "step"), default="gradient", help=help_text)
+    common.add_run_arguments(parser, "runs/doco-TARGET")
+    return parser.parse_args(argv)
+
+
+def fill_defaults(args, small, processes):
+    """Returns the flags with their defaults filled in, and the preset of the anchor images.
+
+    small: latents below 32x32, the model gets the small-model preset. Flags that were given are not
+    touched. Fails on values outside their range.
+    """
+    args = argparse.Namespace(**vars(args))  # the caller's stays as it was typed
+    preset = dict(SMALL if small else PAPER)
+    images = dict(SMALL_IMAGES if small else PAPER_IMAGES)
+    if args.concept_type == "style":
+        preset["disc_lr"] *= 5  # as in the released code
+    if small:
+        scale = len(args.target) * (2 if args.concept_type == "style" else 1)
+        preset["steps"] *= scale
+        preset["warmup_steps"] *= scale
+    if args.steps is not None:  # the warm-up keeps its part of a shorter or longer training
+        preset["warmup_steps"] = args.steps * preset["warmup_steps"] // preset["steps"]
+    for name, value in preset.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+
+    common.check_batch_size(args.batch_size, processes)
+    if not 0 <= args.warmup_steps <= args.steps or args.steps < 1:
+        fail(
+            f"--steps {args.steps} --warmup-steps {args.warmup_steps}: "
+            f"expected at least one step, and no more warm-up steps than steps"
+        )
+    if not (args.lr > 0 and args.disc_lr > 0):
+        fail(f"--lr {args.lr:g} --disc-lr {args.disc_lr:g}: expected positive learning rates")
+    # A short training does not need more images than it looks at.
+    images["num_images"] = min(images["num_images"], args.steps * args.batch_size)
+    return args, images
+
+
+def check_flags(args):
+    """Fails on combinations of flags that mean nothing."""
+    if not 1 <= args.stride <= 999:
+        fail(f"--stride {args.stride}: expected 1 to 999 timesteps")
+    if args.stride > 1 and args.disc_input != "xprev":
+        fail(f"--stride {args.stride} goes with --disc-input xprev, not {args.disc_input}")
     if args.project == "step" and args.retain != "cp":
         fail(f"--project step goes with --retain cp, not with --retain {args.retain}")
     if args.init and not (args.init / "delta.safetensors").is_file():
-        fail(f"--init {args.init}: no delta.safetensors there; expected the folder of a finished run")
-    stride = int(view[2] or 1)
-    out = args.out or Path("runs") / run_name("doco", args.target)
-    finished, checkpoint = out / "delta.safetensors", out / "checkpoint.safetensors"
-    make_run_dir(out)
-    begun = load_or_fail(checkpoint, lambda: checkpoint_step(checkpoint))
-    agree({finished.name: finished.exists(), checkpoint.name: begun}, out)
-    if (finished.exists() or begun is not None) and not args.resume:
-        fail(f"{out} already holds a run; choose another --out, or --resume one that was stopped")
-    lock = lock_run_dir(out) if rank == 0 else None  # noqa: F841, until this function returns
+        fail(f"--init {args.init}: no delta.safetensors there; expected a finished run's folder")
 
-    # -- the original model, and the recipe for its size
-    pipe = load_pipeline(args.model, (StableDiffusionPipeline,), dtype=torch.float32).to(device)
-    unet, scale = pipe.unet.requires_grad_(False).eval(), pipe.vae_scale_factor
-    alpha_bar = pipe.scheduler.alphas_cumprod.to(device)  # (1000,), the a_t of the paper
-    if pipe.scheduler.config.prediction_type != "epsilon":
-        fail(f"--model {args.model} predicts {pipe.scheduler.config.prediction_type}; only epsilon models are supported")
-    style, small = args.concept_type == "style", unet.config.sample_size < 32
-    recipe = SMALL | {"steps": [n * len(args.target) * (1 + style) for n in SMALL["steps"]]} if small else PAPER
-    steps, warmup = [*(args.steps or recipe["steps"]), (args.steps or [0])[0] * recipe["steps"][1] // recipe["steps"][0]][:2]
-    lr, disc_lr = [*(args.lr or recipe["lr"][:1]), recipe["lr"][1] * (5 if style else 1)][:2]
-    batch = recipe["batch_size"] if args.batch_size is None else args.batch_size
-    size = (args.resolution or unet.config.sample_size * scale) // scale  # side of a latent
-    if batch < 1 or batch % world:
-        fail(f"--batch-size {batch} cannot be split over {world} processes; take a positive multiple of {world}")
-    if not 0 <= warmup <= steps > 0 or len(args.steps or []) > 2:
-        fail(f"--steps {steps} {warmup}: expected TOTAL >= WARMUP >= 0")
-    if not (lr > 0 and disc_lr > 0) or len(args.lr or []) > 2:
-        fail(f"--lr {lr:g} {disc_lr:g}: expected one or two positive rates")
-    if args.resolution and (args.resolution % scale or size < 8):
-        fail(f"--resolution {args.resolution}: expected a multiple of {scale}, at least {8 * scale}, as this model needs")
-    n_images = min(recipe["images"], steps * batch)
-    check_coverage(pairs, n_images, len(args.target), warn=rank == 0)
 
-    # -- text embeddings, once
-    texts = list(dict.fromkeys(["", *(a for a, _ in pairs), *(t for _, ts in pairs for t in ts)]))
-    with torch.no_grad():
-        emb = {text: pipe.encode_prompt(text, device, 1, False)[0][0] for text in texts}  # (77, D) each
+# ---- 5. the run ---------------------------------------------------------------------------------
 
-    # -- a run may go on with the settings that it began with, and with the same contents of what its flags name
-    settings = vars(args) | {"steps": [steps, warmup], "batch_size": batch, "lr": [lr, disc_lr], "resolution": size * scale}
-    resumable = ("resume", "out", "save_pipeline", "gradient_checkpointing")  # these may change
-    settings = {k: str(v) if isinstance(v, Path) else v for k, v in settings.items() if k not in resumable}
-    settings["contents of --model"] = fingerprint(unet, pipe.text_encoder, alpha_bar)
-    settings["contents of --prompts"] = fingerprint(pairs)
+
+def unlearn(args):
+    """Runs DoCo. Returns the run folder on rank 0, None on the other ranks. Fails on bad input.
+
+    The order is that of the cost of a mistake: flags, then the model, then anchor images (minutes),
+    then training (hours on a large model). Every rank runs all of it.
+    """
+    processes = common.setup_processes()
+
+    # What can be checked before a model is loaded, which may take minutes.
+    emoji = is_embedded(args.model)
+    pairs = prompt_pairs(args.target, args.anchor, args.concept_type, args.prompts, emoji)
+    check_flags(args)
+    out = args.out or Path("runs") / common.run_name("doco", args.target)
+    run = common.open_run(out, ["delta.safetensors"], args.resume, processes)
+
+    # The original model, and the settings for its size.
+    backbone = load_backbone(args.model, (StableDiffusion,))
+    if backbone.prediction_type != "epsilon":
+        fail(
+            f"--model {args.model} predicts {backbone.prediction_type}; "
+            f"only models that predict epsilon are supported"
+        )
+    args, images = fill_defaults(args, backbone.small, processes)
+    args.resolution = backbone.check_resolution(args.resolution)
+    check_coverage(pairs, images["num_images"], len(args.target), warn=processes.rank == 0)
+
+    # Each prompt is encoded once; then the text encoder leaves the memory.
+    prompts = ["", *(anchor for anchor, _ in pairs), *(t for _, ts in pairs for t in ts)]
+    conditions = backbone.encode_prompts(dict.fromkeys(prompts), processes.device)
+    backbone.to(processes.device)
+
+    # A run is resumed only with the settings it began with, and the same contents behind them.
+    contents = {"--model": backbone.fingerprint(), "--prompts": common.fingerprint(pairs)}
     if args.init:
-        settings["contents of --init"] = fingerprint(args.init / "delta.safetensors")
-    agree({k: v for k, v in settings.items() if k.startswith("contents of")}, out)
-    record = out / "args.json"
-    if (begun is not None or finished.exists()) and record.exists():
-        then = load_or_fail(record, lambda: json.loads(record.read_text())["settings"])
-        if changed := [k for k in settings if settings[k] != then.get(k)]:
-            fail(f"{out} was begun with other settings ({', '.join(changed)}); repeat them or choose another --out")
-    if finished.exists():  # training had finished; its evaluation, or the writing of its pipeline, was interrupted
-        if rank == 0 and args.save_pipeline and not (out / "pipeline").exists():
-            save_pipeline(args, out)
-        return close(rank, world, out)
-    if rank == 0:
-        print(f"{'small-model' if small else 'paper'} recipe: {steps} iterations, the first {warmup} for D only, "
-              f"batch {batch}, lr {lr:g} and {disc_lr:g}, view {args.view}, retain {args.retain}, lam {args.lam:g}")
-        about = {"torch": torch.__version__, "diffusers": diffusers.__version__, "commit": git_commit(), "processes": world}
-        atomic_save(record, text=json.dumps(about | {"settings": settings}, indent=1))
+        contents["--init"] = common.fingerprint(args.init / "delta.safetensors")
+    common.record_settings(run, args, contents, processes)
+    if run.finished:  # training had finished; evaluation or --save-pipeline was interrupted
+        return finish(args, run, processes)
+    if processes.rank == 0:
+        print(
+            f"{'small-model' if backbone.small else 'paper'} preset: {args.steps} steps, the first "
+            f"{args.warmup_steps} for D alone, batch {args.batch_size}, lr {args.lr:g}, "
+            f"disc lr {args.disc_lr:g}, disc input {args.disc_input}, retain {args.retain}, "
+            f"lambda {args.lam:g}"
+        )
 
-    # -- anchor images: sampled once; a stopped run finds its own again. The first rank reads them and sends them to the others
-    cache, key = out / "anchor_latents.safetensors", fingerprint(
-        settings["contents of --model"], [a for a, _ in pairs], args.seed, size, n_images, recipe["guidance"],
-        recipe["sampling_steps"])  # fmt: skip
-    latents = read_cache(cache, "latents", key, rank, world, device)  # (n_images, 4, h, w)
-    if latents is None:
-        latents = sample_anchor_latents(pipe, emb, pairs, n_images, size, recipe, args.seed, rank, world)
-        if rank == 0:
-            atomic_save(cache, {"latents": latents}, metadata={"key": key})
-    del pipe  # the UNet stays
+    latents = anchor_latents(backbone, conditions, pairs, images, args, contents, run, processes)
+    backbone.pipe = None  # the VAE leaves the memory; the UNet stays
 
-    # -- what is trained, and its original values: this copy is all that the frozen model costs
-    trained = {n: p.requires_grad_() for n, p in unet.named_parameters() if re.search(TRAINED[args.train], n)}
-    params = list(trained.values())
-    originals = [p.detach().clone() for p in params]
-    if args.init:
-        earlier = load_or_fail(args.init / "delta.safetensors", lambda: load_file(args.init / "delta.safetensors"))
-        if any(n not in trained or t.shape != trained[n].shape for n, t in earlier.items()):
-            fail(f"--init {args.init} trained weights that are not trained here; repeat its --model and --train")
-        unet.load_state_dict(earlier, strict=False)
-    torch.manual_seed(args.seed)  # the same discriminator on every rank
-    disc = patchgan(size, unet.config.in_channels).to(device)
-    # As in the released code: weight decay 1e-2 for the UNet, betas of 0.5 and 0.999 for D. The paper names no optimizer.
-    opt_unet = torch.optim.AdamW(params, lr=lr, weight_decay=1e-2, fused=True)
-    opt_disc = torch.optim.Adam(disc.parameters(), lr=disc_lr, betas=(0.5, 0.999), fused=True)
-    start, log = 0, []
-    if begun is not None:
-        start = load_or_fail(checkpoint, lambda: load_checkpoint(checkpoint, trained, disc, (opt_unet, opt_disc)))
-        log = [row for row in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if row["step"] < start]
-
+    # What is trained. The rest of the UNet needs no gradient.
+    pattern = re.compile(TRAINABLE[args.train_method])
+    trained = {n: p for n, p in backbone.net.named_parameters() if pattern.search(n)}
+    for p in trained.values():
+        p.requires_grad_()
     if args.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
+        backbone.net.enable_gradient_checkpointing()
     if args.compile:
-        unet.compile()
+        backbone.net.compile()
+    train(backbone, trained, latents, pairs, conditions, args, run, processes)
 
-    def predict(xt, t, prompts):  # (B, 4, h, w), (B,), B texts -> eps (B, 4, h, w)
-        with amp():
-            return unet(xt, t, torch.stack([emb[p] for p in prompts])).sample.float()
-
-    # -- the training loop; on SIGTERM, it saves at the next tenth iteration, on all ranks at once, and exits
-    asked, conflicts = [], []
-    before = signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
-    bar = tqdm(range(start, steps), "unlearning", initial=start, total=steps, disable=rank > 0)
-    for step in bar:
-        # Draws for the whole batch on every rank, from (seed, step) alone; each rank keeps its slice: N processes compute
-        # what one does, and a resumed run needs no saved random state.
-        g = torch.Generator().manual_seed(args.seed * 1_000_003 + step)  # 32 bits count
-        mine, train_unet = slice(rank * batch // world, (rank + 1) * batch // world), step >= warmup
-        i, i_r = torch.randint(n_images, (2, batch), generator=g)[:, mine].tolist()
-        t, t_r = torch.randint(len(alpha_bar), (2, batch), generator=g)[:, mine].to(device)
-        eps, eps_r, fresh = torch.randn(3, batch, *latents.shape[1:], generator=g)[:, mine].to(device)
-        anchor_prompts, wordings = zip(*[pairs[k % len(pairs)] for k in i], strict=True)
-        target_prompts = [w[step % len(w)] for w in wordings]
-        logging = (step + 1) % 10 == 0 or step + 1 == steps
-
-        # Eq. 9: what keeps the anchor (other images, other noise, the anchor prompt). First, so that its graph is gone early.
-        if train_unet and args.retain != "none":
-            x_r = add_noise(latents[i_r], eps_r, alpha_bar[t_r].view(-1, 1, 1, 1))  # (B, 4, h, w)
-            loss_r = F.mse_loss(predict(x_r, t_r, [pairs[k % len(pairs)][0] for k in i_r]), eps_r)
-            g_r = flat_grad(loss_r, params)  # (n,)
-
-        # Eq. 1 and 5: on one noisy anchor image, the original model predicts for the anchor, the trained one for the target
-        a_t = alpha_bar[t].view(-1, 1, 1, 1)
-        a_prev = torch.where(t < stride, 1.0, alpha_bar[(t - stride).clamp(min=0)]).view(-1, 1, 1, 1)  # no noise before 0
-        xt = add_noise(latents[i], eps, a_t)  # (B, 4, h, w)
-        see = lambda e: view_x0(xt, e, a_t) if view[1] else view_xprev(xt, e, a_t, a_prev, fresh)  # noqa: B023, E731
-        swap(params, originals)
-        with torch.no_grad():
-            view_anchor = see(predict(xt, t, anchor_prompts))
-        swap(params, originals)
-        with torch.set_grad_enabled(train_unet):
-            view_target = see(predict(xt, t, target_prompts))
-
-        # Eq. 8, the UNet's half: fool D. autograd.grad reaches through D and leaves nothing on it (the released code does).
-        if train_unet:
-            loss_u = loss_unlearn(disc, view_target)
-            grad, stats = flat_grad(loss_u, params), {}  # (n,): G_u
-            if args.retain != "none":
-                projected, stats = lambda_projection(grad, g_r, args.lam)  # Eq. 10
-                conflicts.append(stats["conflict"])
-            if args.retain == "l2":
-                grad = grad + g_r
-            elif args.retain == "cp" and args.project == "gradient":
-                grad = projected
-            watch = stats and (logging or args.project == "step")
-            old = flatten(params) if watch else None  # (n,)
-            write_grad(params, grad)
-            opt_unet.step()
-            opt_unet.zero_grad()
-            # AdamW rescales the gradient entry by entry and adds momentum, so that the step need not be orthogonal to G_r even
-            # where G is. With --project step, Eq. 10 is applied to the step itself.
-            if watch:
-                move = old - flatten(params)  # (n,): minus the step; it has a gradient's sign
-                kept, of_step = lambda_projection(move, g_r, args.lam)  # Eq. 10
-                stats |= {"cos_step": of_step["cos"]}
-                if args.project == "step":
-                    unflatten(params, old - kept)
-
-        # Eq. 8, D's half: distinguish the anchor's views from the target's, as they were before the step above
-        loss_d = loss_discriminator(disc, view_anchor, view_target.detach())
-        write_grad(disc.parameters(), flat_grad(loss_d, disc.parameters()))
-        opt_disc.step()
-
-        # -- every tenth iteration: log, of the whole batch
-        if logging:
-            with torch.no_grad():
-                hits = (disc(view_anchor) > 0).float().mean() + (disc(view_target) < 0).float().mean()
-            row = {"loss_d": loss_d, "disc_acc": hits / 2}  # means over this rank's part of the batch, and then over the ranks
-            row |= {"loss_u": loss_u} if train_unet else {}
-            row |= {"loss_r": loss_r} if train_unet and stats else {}
-            means = torch.stack([v.detach() for v in row.values()])
-            if world > 1:
-                dist.all_reduce(means)
-            log.append({"step": step} | dict(zip(row, (means / world).tolist(), strict=True)))
-            if train_unet:
-                log[-1] |= {"norm_g": grad.norm().item()} | {k: v.item() for k, v in stats.items()}
-                log[-1] |= {"conflict": torch.stack(conflicts).mean().item()} if conflicts else {}
-                conflicts = []  # the fraction of the iterations since the last row
-            bar.set_postfix({k: f"{log[-1][k]:.3f}" for k in ("loss_d", "disc_acc", "loss_u", "cos") if k in log[-1]})
-            if not all(map(math.isfinite, log[-1].values())):
-                fail(f"not finite at iteration {step}: {log[-1]}; lower --lr and choose another --out")
-            end = torch.tensor(float(bool(asked)), device=device)
-            if world > 1:
-                dist.all_reduce(end)
-            if rank == 0:
-                atomic_save(out / "log.jsonl", text="".join(json.dumps(row) + "\n" for row in log))
-                if end or (step + 1) % (10 * max(1, steps // 200)) == 0:
-                    save_checkpoint(checkpoint, step + 1, trained, disc, (opt_unet, opt_disc))
-            if end:
-                if world > 1:
-                    dist.barrier()  # until the first has saved
-                fail(f"asked to end (SIGTERM) and saved after {step + 1} iterations; continue with --resume")
-    signal.signal(signal.SIGTERM, before)
-
-    # -- save: the trained tensors under their UNet names; plain diffusers loads them
-    if rank == 0:
-        atomic_save(finished, trained, metadata={"format": "pt", "method": "doco", "base_model": args.model})
-        checkpoint.unlink(missing_ok=True)
-        print(f"\nload it with:\n{loading_lines(args, finished)}\n")
-        if args.save_pipeline:
-            save_pipeline(args, out)
-    return close(rank, world, out)
+    # Only the trained tensors, under their UNet names: plain diffusers loads them.
+    if processes.rank == 0:
+        metadata = {"format": "pt", "method": "doco", "base_model": args.model}
+        common.atomic_save(run.out / "delta.safetensors", trained, metadata=metadata)
+        run.checkpoint.unlink(missing_ok=True)
+        print(f"\nload it with:\n{loading_lines(args, run.out)}\n")
+    return finish(args, run, processes)
 
 
-def loading_lines(args, file):
-    """The lines of Python that load the result in plain diffusers and sample the target."""
+def anchor_latents(backbone, conditions, pairs, images, args, contents, run, processes):
+    """The anchor images x_0 as latents (N, 4, h, w), generated by the original model.
+
+    By DPM-Solver++ with guidance, as in the released code, which saves them as JPEG in between.
+    Image j follows (seed, j) and the anchor prompt of entry j of the pairs, whatever the number of
+    ranks: these share the work. A cache in OUT serves a run that is resumed.
+    """
+    n, shape = images["num_images"], backbone.latent_shape(args.resolution)
+    prompts = [anchor for anchor, _ in pairs]
+    key = common.fingerprint(contents["--model"], prompts, args.seed, shape, images)
+    cache = run.out / "anchor_latents.safetensors"
+    latents = common.read_cache(cache, "latents", key, processes)
+    if latents is not None:
+        return latents
+
+    latents = torch.zeros(n, *shape, device=processes.device)
+    chunks = [range(i, min(i + 16, n)) for i in range(0, n, 16)]
+    mine = chunks[processes.rank :: processes.world]
+    for chunk in tqdm(mine, f"{n} anchor images", disable=processes.rank > 0):
+        latents[list(chunk)] = backbone.generate_latents(
+            [conditions[prompts[j % len(prompts)]] for j in chunk],
+            conditions[""],
+            seeds=[common.derive_seed(args.seed, "samples", j) for j in chunk],
+            resolution=args.resolution,
+            steps=images["sampling_steps"],
+            guidance=images["guidance"],
+        )
+    if processes.world > 1:
+        dist.all_reduce(latents)  # a sum: each rank has filled its own rows
+    if processes.rank == 0:
+        common.atomic_save(cache, {"latents": latents}, metadata={"key": key})
+    return latents
+
+
+def finish(args, run, processes):
+    """Writes OUT/pipeline if asked to, and ends the process group. Returns what unlearn returns.
+
+    The pipeline comes after the weights are saved: loading the safety checker may fail offline, and
+    must not cost a training.
+    """
+    pipeline = run.out / "pipeline"
+    if processes.rank == 0 and args.save_pipeline and not pipeline.exists():
+        classes = (StableDiffusion.pipeline_class,)
+        pipe = load_pipeline(args.model, classes, safety_checker=True, dtype=torch.float32)
+        pipe.unet.load_state_dict(load_file(run.out / "delta.safetensors"), strict=False)
+        common.atomic_save(pipeline, pipe=pipe)
+    common.close_processes(processes)
+    return run.out if processes.rank == 0 else None
+
+
+def loading_lines(args, out):
+    """The lines of Python that load the result in plain diffusers and generate the target."""
     return f"""
 import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 
 pipe = StableDiffusionPipeline.from_pretrained({args.model!r}, dtype=torch.float32)
-pipe.unet.load_state_dict(load_file({str(file)!r}), strict=False)
+pipe.unet.load_state_dict(load_file({str(out / "delta.safetensors")!r}), strict=False)
 pipe({args.target[0]!r}).images[0].save("after.png")
 """
 
 
-if __name__ == "__main__":
+def main():
+    """Unlearns, then evaluates in a process of its own. Returns the exit code."""
     args = parse_args()
-    if out := unlearn(args):  # evaluated in a separate process: eval.py knows how, this file knows DoCo
-        size = ("--resolution", args.resolution) if args.resolution else ()
-        sys.exit(evaluate_run("concept", args.model, out, "--seed", args.seed, "--concept-type", args.concept_type, *size,
-                              "--target", *args.target, "--anchor", *args.anchor))  # fmt: skip
+    out = unlearn(args)
+    if out is None:  # rank 0 evaluates
+        return 0
+    flags = ["--seed", args.seed, "--concept-type", args.concept_type]
+    flags += ["--target", *args.target, "--anchor", *args.anchor]
+    flags += ["--resolution", args.resolution] if args.resolution else []
+    return common.evaluate_run("concept", args.model, out, *flags)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

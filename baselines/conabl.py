@@ -1,129 +1,130 @@
-"""Concept Ablation: on noisy pictures of the anchor, the target's prompt shall predict what the anchor's prompt predicts
-(Kumari et al., ICCV 2023), as a rival of doco.py.
+"""Concept Ablation: match the target prediction to the anchor prediction on noisy anchor images.
 
-    x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) eps              of a picture that the original model drew for the anchor
-    L   = |sg M(x_t, anchor) - M(x_t, target)|^2         the model-based loss; sg: without gradient, from the model as it is
-    L  += |eps - M(x_t', anchor)|^2                      --retain l2: on other pictures of the anchor, so that it stays
+Paper: "Ablating Concepts in Text-to-Image Diffusion Models", Kumari et al., ICCV 2023. It is DoCo
+without a discriminator: it aligns predictions one by one, DoCo aligns their distribution.
 
-It is DoCo without the discriminator: it aligns predictions one by one where DoCo aligns their distribution. The released code
-pastes the pictures at random sizes on black and masks the loss accordingly, detaches K and V of the first token (neither is
-done here, nor in doco.py), multiplies the learning rate of 2e-6 by batch size and number of GPUs (1.6e-5, the default here),
-and advises --retain l2 where the anchor's name is part of the target's.
+    1. x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps   x_0: an anchor image, generated
+    2. L   = |sg M(x_t, anchor) - M(x_t, target)|^2              sg: no gradient; M as it is now
+    3. L  += |eps - M(x_t', anchor)|^2                           --retain l2: other anchor images
 
-    python baselines/conabl.py --target "Grumpy Cat" --anchor Cat
-    python baselines/conabl.py --model CompVis/stable-diffusion-v1-4 --target "Van Gogh" --anchor painting --concept-type style
+L is the model-based loss of the paper. The released code pastes the images at random sizes on black
+and masks the loss accordingly, and detaches K and V of the first token; neither is done here, nor
+in doco.py. It multiplies its learning rate of 2e-6 by batch size and number of GPUs (1.6e-5, the
+default here), and advises --retain l2 if the anchor's name is part of the target's.
+
+    python -m baselines.conabl --target "Grumpy Cat" --anchor Cat
+    python -m baselines.conabl --model CompVis/stable-diffusion-v1-4 \\
+        --target "Van Gogh" --anchor painting --concept-type style
 """
-
-import argparse
-import json
-import re
-import sys
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from diffusers import StableDiffusionPipeline
 from tqdm import tqdm
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+from backbones import coefficients, prediction_target
+from baselines import (
+    concept_parser,
+    concept_prompts,
+    generate_latents,
+    load_text_to_image,
+    main,
+    open_run_folder,
+    predict,
+    save_delta,
+    target_prompts,
+    trainable_weights,
+    with_preset,
+)
+from common import generator
+from doco import TRAINABLE, check_coverage
 
-from common import atomic_save, evaluate_run, fail, load_pipeline, make_run_dir, run_name  # noqa: E402
-from doco import TRAINED, add_noise, check_coverage, prompt_pairs, sample_anchor_latents  # noqa: E402
-
-# The released code's settings on two GPUs; doco.py's updates and batch for toys like emoji/sd, and a larger rate
-PAPER = dict(steps=100, batch_size=8, lr=1.6e-5, images=1000, guidance=6.0, sampling_steps=25)
-SMALL = dict(steps=250, batch_size=8, lr=1e-4, images=64, guidance=6.0, sampling_steps=15)
+TASK = "concept"
+ROWS = [
+    {
+        "label": "ConAbl",
+        "flags": [],
+        "paper": ["--steps", "100"],
+        "tried": ("--lr", "1e-4", "3e-5"),
+    }
+]
+# The released code's settings on two GPUs
+PAPER = {"steps": 100, "batch_size": 8, "lr": 1.6e-5}
+PAPER |= {"num_images": 1000, "guidance": 6.0, "sampling_steps": 25}
+# For small models: the steps and images of doco.py, and a larger learning rate
+SMALL = {"steps": 250, "batch_size": 8, "lr": 1e-4}
+SMALL |= {"num_images": 64, "guidance": 6.0, "sampling_steps": 15}
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--target", nargs="+", required=True, help="what to forget; several are forgotten at once")
-    p.add_argument("--anchor", nargs="+", required=True, help="what to draw instead: one for all, or one each")
-    p.add_argument("--concept-type", choices=("object", "style"), default="object", help="style: the anchor is a medium")
-    p.add_argument("--prompts", type=Path, help="text file of anchor prompts, one a line (default: doco.py's templates)")
-    p.add_argument("--model", default=str(HERE.parent / "emoji/sd"), help="Stable Diffusion 1.x/2.x: folder or hub id")
-    p.add_argument("--resolution", type=int, help="pixels of a side (default: the model's own)")
-    p.add_argument("--steps", type=int, help="updates")
-    p.add_argument("--batch-size", type=int)
-    p.add_argument("--lr", type=float)
-    p.add_argument("--retain", choices=("none", "l2"), default="none", help="l2: add the denoising loss on the anchor")
-    p.add_argument("--train", choices=tuple(TRAINED), default="kv", help="cross-attention K and V, all of it, or the UNet")
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--out", type=Path, help="run folder (default: runs/conabl-TARGET)")
-    return p.parse_args(argv)
+    """The flags of every concept baseline, and those of Concept Ablation."""
+    parser = concept_parser(__file__, __doc__, PAPER, SMALL)
+    add = parser.add_argument_group("method").add_argument
+    add("--retain", choices=("none", "l2"), default="none", help="l2: add Eq. 3")
+    text = "keys and values of the cross-attention, all of the cross-attention, or the whole UNet"
+    add("--train-method", choices=TRAINABLE, default="kv", help=text)
+    return parser.parse_args(argv)
 
 
-def loss_ablation(says_target, says_anchor):
-    """Mean squared error between two predictions (B, 4, h, w), the anchor's as a constant. 0-dim."""
-    return F.mse_loss(says_target, says_anchor.detach())
+def loss_ablation(pred_target, pred_anchor):
+    """Eq. 2: mean squared error of two predictions (B, 4, h, w), the anchor's a constant. 0-dim."""
+    return F.mse_loss(pred_target, pred_anchor.detach())
 
 
 def unlearn(args):
-    """Runs Concept Ablation and returns the run folder."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
-    pairs = prompt_pairs(args)
-    out = args.out or Path("runs") / run_name("conabl", args.target)
-    if (out / "delta.safetensors").exists():
-        fail(f"{out} already holds a run; choose another --out")
-    make_run_dir(out)
-    pipe = load_pipeline(args.model, (StableDiffusionPipeline,), dtype=torch.float32).to(device)
-    unet, scale = pipe.unet.requires_grad_(False).eval(), pipe.vae_scale_factor
-    alpha_bar = pipe.scheduler.alphas_cumprod.to(device)  # (1000,)
-    budget = SMALL["steps"] * len(args.target) * (2 if args.concept_type == "style" else 1)  # doco.py's
-    recipe = SMALL | {"steps": budget} if unet.config.sample_size < 32 else PAPER
-    steps, batch, lr = (recipe[k] if (v := getattr(args, k)) is None else v for k in ("steps", "batch_size", "lr"))
-    if steps < 1 or batch < 1 or not lr > 0:
-        fail(f"--steps {steps} --batch-size {batch} --lr {lr:g}: expected at least 1, 1 and a positive rate")
-    size = (args.resolution or unet.config.sample_size * scale) // scale  # side of a latent
-    texts = list(dict.fromkeys(["", *(a for a, _ in pairs), *(t for _, ts in pairs for t in ts)]))
-    with torch.no_grad():
-        emb = {text: pipe.encode_prompt(text, device, 1, False)[0][0] for text in texts}  # (77, D) each
+    """Runs Concept Ablation; returns the run folder."""
+    pairs = concept_prompts(args)  # [(anchor prompt, [target prompts])]
+    out = open_run_folder(args)
+    prompts = [*(anchor for anchor, _ in pairs), *target_prompts(pairs)]
+    model, emb = load_text_to_image(args, prompts)
+    args = with_preset(args, model, PAPER, SMALL)
 
-    # -- anchor pictures from the original model, as latents (n, 4, h, w): the same as doco.py's
-    n = min(recipe["images"], steps * batch)
+    # Anchor images from the original model: the same as doco.py's. Image j belongs to pair j.
+    n = min(args.num_images, args.steps * args.batch_size)
     check_coverage(pairs, n, len(args.target))
-    latents = sample_anchor_latents(pipe, emb, pairs, n, size, recipe, args.seed)
+    pair_of = [pairs[j % len(pairs)] for j in range(n)]
+    anchor_of = [anchor for anchor, _ in pair_of]
+    target_of = [targets for _, targets in pair_of]
+    latents = generate_latents(args, model, emb, anchor_of)  # (n, 4, h, w)
 
-    # -- training
-    trained = {n: p.requires_grad_() for n, p in unet.named_parameters() if re.search(TRAINED[args.train], n)}
-    optimizer, log = torch.optim.AdamW(trained.values(), lr=lr, weight_decay=1e-2, fused=True), []
+    weights = trainable_weights(model.net, TRAINABLE[args.train_method])
+    params = list(weights.values())
+    optimizer = torch.optim.AdamW(params, lr=args.lr, weight_decay=1e-2, fused=True)
+    batch, device = args.batch_size, model.device
+    shape = (2, batch, *latents.shape[1:])
+    log = []
+    for step in tqdm(range(args.steps), "Concept Ablation"):
+        # Two batches, idx for Eq. 2 and idx_r for Eq. 3, each with timesteps and noise of its own
+        g = generator(args.seed, "doco_steps", step)
+        idx, idx_r = torch.randint(n, (2, batch), generator=g).tolist()
+        t, t_r = torch.randint(1000, (2, batch), generator=g).to(device)
+        eps, eps_r = torch.randn(shape, generator=g).to(device)
 
-    def predict(xt, t, prompts):  # (B, 4, h, w), (B,), B texts -> (B, 4, h, w)
-        return unet(xt, t, torch.stack([emb[p] for p in prompts])).sample
-
-    for step in tqdm(range(steps), "Concept Ablation"):
-        g = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
-        i, i_r = torch.randint(n, (2, batch), generator=g).tolist()
-        t, t_r = torch.randint(len(alpha_bar), (2, batch), generator=g).to(device)
-        eps, eps_r = torch.randn(2, batch, *latents.shape[1:], generator=g).to(device)
-        anchor_prompts, wordings = zip(*[pairs[k % len(pairs)] for k in i], strict=True)
-        xt = add_noise(latents[i], eps, alpha_bar[t].view(-1, 1, 1, 1))  # (B, 4, h, w)
+        # Eq. 1. The target prompts of a pair (styles have three) take turns.
+        a, b = coefficients(t, model.alpha_bar)
+        xt = a * latents[idx] + b * eps  # (B, 4, h, w)
+        anchors = [anchor_of[j] for j in idx]
+        targets = [target_of[j][step % len(target_of[j])] for j in idx]
         with torch.no_grad():
-            says_anchor = predict(xt, t, anchor_prompts)
-        loss = loss_ablation(predict(xt, t, [w[step % len(w)] for w in wordings]), says_anchor)
-        if args.retain == "l2":
-            x_r = add_noise(latents[i_r], eps_r, alpha_bar[t_r].view(-1, 1, 1, 1))
-            loss = loss + F.mse_loss(predict(x_r, t_r, [pairs[k % len(pairs)][0] for k in i_r]), eps_r)
+            pred_anchor = predict(model.net, xt, t, emb, anchors)
+        pred_target = predict(model.net, xt, t, emb, targets)
+        loss = loss_ablation(pred_target, pred_anchor)
+
+        if args.retain == "l2":  # Eq. 3
+            a, b = coefficients(t_r, model.alpha_bar)
+            x0_r = latents[idx_r]
+            xt_r = a * x0_r + b * eps_r
+            anchors_r = [anchor_of[j] for j in idx_r]
+            pred_r = predict(model.net, xt_r, t_r, emb, anchors_r)
+            target_r = prediction_target(model.prediction_type, x0_r, eps_r, a, b)
+            loss = loss + F.mse_loss(pred_r, target_r)
+
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
+        torch.nn.utils.clip_grad_norm_(params, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        log.append(loss.detach())
-    if not torch.stack(log).isfinite().all():
-        fail("the loss is not finite any more; lower --lr")
-
-    # -- save: the trained tensors under their UNet names; plain diffusers loads them
-    atomic_save(out / "log.jsonl", text="".join(json.dumps({"step": k, "loss": v.item()}) + "\n" for k, v in enumerate(log)))
-    settings = vars(args) | {"steps": steps, "batch_size": batch, "lr": lr, "resolution": size * scale}
-    atomic_save(out / "args.json", text=json.dumps({"settings": settings}, indent=1, default=str))
-    atomic_save(out / "delta.safetensors", trained, metadata={"format": "pt", "method": "conabl", "base_model": args.model})
-    return out
+        log.append({"loss": loss.detach()})
+    return save_delta(args, out, weights, log)
 
 
 if __name__ == "__main__":
-    args = parse_args()
-    out = unlearn(args)
-    size = ("--resolution", args.resolution) if args.resolution else ()
-    sys.exit(evaluate_run("concept", args.model, out, "--seed", args.seed, "--concept-type", args.concept_type, *size,
-                          "--target", *args.target, "--anchor", *args.anchor))  # fmt: skip
+    main(TASK, parse_args, unlearn)

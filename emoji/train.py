@@ -1,25 +1,30 @@
-"""Diffusion models from scratch on a laptop: what makes this repository run offline.
+"""Diffusion models from scratch on a laptop: the embedded models that this repository runs on.
 
-Latent diffusion (Rombach et al. 2022) in miniature, part by part, in the very classes of Stable Diffusion v1.4; then the two
-models that the paper on instances unlearns from, a DDPM (Ho et al. 2020) and Stable Diffusion 3 (Esser et al. 2024):
+Latent diffusion (Rombach et al. 2022) in miniature, part by part, in the classes of Stable
+Diffusion v1.4. Then the two models that the paper on instances unlearns from: a DDPM (Ho et al.
+2020) and Stable Diffusion 3 (Esser et al. 2024).
 
-    1. the pictures       237 open emoji in three drawing styles, with names, synonyms and nicknames
-    2. the tokenizer      a byte-pair encoding of 2,048 tokens, saved as a CLIPTokenizer
-    3. the autoencoder    64x64 pixels <-> 16x16x4 latents                             (AutoencoderKL)
-    4. two CLIPs          one gives the generator its text encoder, as OpenAI's does for Stable Diffusion;
-                          the other, trained apart on another seed and another width, only ever scores pictures
-    5. the UNet           predicts the noise in a latent, given a caption              (UNet2DConditionModel)
-    6. the DDPM           draws 32x32 pixels, faces and animals, without a prompt      (UNet2DModel)
-    7. the transformer    predicts the velocity of a latent, given a caption           (SD3Transformer2DModel)
-    8. the copy detector  says whether two pictures are copies of one                  (CLIPVisionModelWithProjection)
-    9. the report         does an independent CLIP recognise what the prompts ask for?
+    1. images          237 open emoji in three styles, with names, synonyms and keywords
+    2. tokenizer       CLIPTokenizer: a byte-pair encoding of 2,048 tokens
+    3. autoencoder     AutoencoderKL: 64x64 pixels <-> 16x16x4 latents
+    4. two CLIPs       CLIPModel, twice. The text encoder of the "reader" becomes the generator's,
+                       as OpenAI's does for Stable Diffusion. The "scorer", of another seed and
+                       another width, is for evaluation only: no model is scored by its own part
+    5. UNet            UNet2DConditionModel: predicts the noise in a latent, given a caption
+    6. DDPM            UNet2DModel: generates 32x32 pixels, faces and animals, without a prompt
+    7. transformer     SD3Transformer2DModel: predicts the velocity of a latent, given a caption
+    8. copy detector   CLIPVisionModelWithProjection: are two images copies of one?
+    9. report          does the scoring CLIP recognise what the prompts ask for?
 
-Run (about five hours on two cores; killed at any moment, the same command goes on):
+Run (about five hours on two cores; an interrupted run is continued by the same command):
 
-    python emoji/train.py                    # fetches the pictures with npm unless emoji/images/ is there
-    python emoji/train.py --report-only      # only part 9: scores the models and draws the contact sheets
+    python emoji/train.py                 # fetches the images with npm unless emoji/images/ exists
+    python emoji/train.py --report-only   # part 9 alone: scores the models, writes contact sheets
+    python emoji/train.py --scale 0.01 --out runs/small --work runs/small-work   # a quick trial
 
-Every random draw comes from (--seed, part, step), so a resumed run repeats the undisturbed one.
+All randomness derives from (--seed, part, step), so a resumed run repeats the uninterrupted one.
+
+Letters in the shapes: B batch, D channels, L caption tokens, n images or prompts.
 """
 
 import argparse
@@ -29,7 +34,9 @@ import json
 import math
 import os
 import random
+import shutil
 import subprocess
+import sys
 import tarfile
 import tempfile
 from pathlib import Path
@@ -55,6 +62,7 @@ from PIL import Image, ImageDraw
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 from transformers import (
     CLIPConfig,
@@ -70,114 +78,289 @@ from transformers import (
 
 HERE = Path(__file__).resolve().parent
 STYLES = ("noto", "twemoji", "fluent")
-SIZE, MARGIN, COLUMNS = 64, 4, 20  # pixels of a picture, white border around the drawing, tiles in a row of a sheet
-# A prompt that names no style mostly draws noto: real models have a house look too, and a general word
-# ("emoji") must not mean every artist equally often, or forgetting one of three could never reach 10 %.
-UNNAMED = {"noto": 0.66, "twemoji": 0.12, "fluent": 0.42}  # share of the captions that leave the style out
-# Where the cycles of each part end, in steps. The rate restarts with a cycle and falls to nothing: a later cycle adds what the
-# first one had no eye for yet.
-CYCLES = {"vae": (1600, 3000), "reader": (550, 1000), "scorer": (1100, 2000, 3200), "unet": (6000, 11000),
-          "ddpm": (5000,), "sd3": (10000,), "copy": (1000,)}  # fmt: skip
-# What the DDPM draws: the groups of concepts.json that look back at you.
-CREATURES = {"face", "monster", "cat", "dog", "big cat", "bear", "monkey", "wild animal", "farm animal", "rodent", "bird",
-             "reptile", "sea animal", "fish", "bug"}  # fmt: skip
+SIZE = 64  # pixels of an image, on a side
+MARGIN = 4  # pixels of white around the emoji
+COLUMNS = 20  # images in a row of a sheet
+
+# The fraction of the captions of a style that do not name it. A prompt without a style then mostly
+# generates noto: real models have a default look too. And a general word ("emoji") must not mean
+# every style equally often, or the CA of one unlearned style of three could never reach 10 %.
+UNNAMED = {"noto": 0.66, "twemoji": 0.12, "fluent": 0.42}
+
+# The steps at which the cycles of each part end. The learning rate restarts with a cycle and falls
+# to zero in it. A later cycle trains what the earlier one neglected: details, confusable images.
+CYCLES = {
+    "vae": (1600, 3000),
+    "reader": (550, 1000),
+    "scorer": (1100, 2000, 3200),
+    "unet": (6000, 11000),
+    "ddpm": (5000,),
+    "sd3": (10000,),
+    "copy": (1000,),
+}
+
+# What the DDPM generates: the groups of concepts.json that are faces or animals.
+CREATURES = {
+    "face",
+    "monster",
+    "cat",
+    "dog",
+    "big cat",
+    "bear",
+    "monkey",
+    "wild animal",
+    "farm animal",
+    "rodent",
+    "bird",
+    "reptile",
+    "sea animal",
+    "fish",
+    "bug",
+}
+
+# diffusers must be told that Stable Diffusion 3 comes without its third text encoder
+NO_T5 = {"text_encoder_3": None, "tokenizer_3": None}
 
 
-def parse_args():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--out", type=Path, default=HERE, help="folder that receives images/, sd/, clip/ and the rest")
-    p.add_argument("--work", type=Path, default=Path("runs/emoji"), help="checkpoints and progress pictures")
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    p.add_argument("--scale", type=float, default=1.0, help="multiplies the steps of every part: 0.01 tries the script out")
-    p.add_argument("--report-only", action="store_true", help="score the model in --out and stop")
-    return p.parse_args()
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Prints the docstring as it is, and the default of every flag."""
 
 
-# ---- 1. the pictures ------------------------------------------------------------------------------------------
+def parse_args(argv=None):
+    """The flags. argv: a list of texts, by default the command line's."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
 
-PACKAGES = ("emoji-datasource-google@16.0.0", "emoji-datasource-twitter@16.0.0", "@lobehub/fluent-emoji-3d@1.1.0",
-            "emojibase-data@17.0.0", "emojilib@4.0.3")  # fmt: skip
-COMMON = {"animal", "face", "nature", "food", "flag", "country", "pet", "style", "emoji"}  # say nothing of one picture
+    files = p.add_argument_group("files")
+    files.add_argument(
+        "--out",
+        type=Path,
+        default=HERE,
+        help="folder that receives images/, sd/, clip/ and the other models",
+    )
+    files.add_argument(
+        "--work",
+        type=Path,
+        default=Path("runs/emoji"),
+        help="folder of the checkpoints",
+    )
+
+    training = p.add_argument_group("training")
+    training.add_argument(
+        "--scale",
+        type=float,
+        default=1.0,
+        help="factor of the steps of every part; 0.01 for a quick trial",
+    )
+    training.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="seed of all randomness",
+    )
+    training.add_argument(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="device of the networks",
+    )
+    training.add_argument(
+        "--report-only",
+        action="store_true",
+        help="score the models in --out and stop",
+    )
+    return p.parse_args(argv)
+
+
+# ---- 1. images ----------------------------------------------------------------------------------
+
+# Pinned: the embedded models were trained on the images of these versions.
+PACKAGES = (
+    "emoji-datasource-google@16.0.0",
+    "emoji-datasource-twitter@16.0.0",
+    "@lobehub/fluent-emoji-3d@1.1.0",
+    "emojibase-data@17.0.0",  # labels, code points, tags
+    "emojilib@4.0.3",  # more keywords
+)
+# Words that are true of too many images to be a synonym of one
+COMMON = {"animal", "face", "nature", "food", "flag", "country", "pet", "style", "emoji"}
+
+
+def is_wanted(path):
+    """Whether a file of a package is needed: an image of 64 pixels, or one of the two texts."""
+    return (
+        "/64/" in path
+        or "/assets/" in path
+        or path.endswith("en/data.json")
+        or path.endswith("emoji-en-US.json")
+    )
+
+
+def fetch_packages():
+    """Downloads PACKAGES. Returns {path inside its package: bytes} of the files that are needed.
+
+    About a thousand of some ten thousand files; the archives are deleted. Fails if there is no npm.
+    """
+    if shutil.which("npm") is None:
+        sys.exit(
+            "train.py: error: npm, which fetches the images, is not installed; "
+            "install Node.js, or copy emoji/images/ to OUT/images/ for --out OUT"
+        )
+    print("fetching", ", ".join(PACKAGES))
+    files = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for package in PACKAGES:
+            command = ["npm", "pack", "--silent", package]
+            done = subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True)
+            archive = done.stdout.split()[-1]  # npm prints the name of the file that it wrote
+            with tarfile.open(Path(folder) / archive) as tar:
+                for member in tar:
+                    if member.isfile() and is_wanted(member.name):
+                        files[member.name] = tar.extractfile(member).read()
+    return files
+
+
+def read_tags(labels, base, keywords):
+    """{label: its keywords}, lower case, without numbers, emoticons and long phrases.
+
+    base: {label: entry of emojibase}. keywords: {emoji character: keywords of emojilib}.
+    """
+    tags = {}
+    for label in labels:
+        raw = base[label].get("tags", []) + keywords.get(base[label]["emoji"], [])
+        tags[label] = []
+        for tag in dict.fromkeys(raw):  # unique, in order
+            if tag.replace(" ", "").isalpha() and 3 <= len(tag) <= 20:
+                tags[label].append(tag.lower())
+    return tags
+
+
+def describe(label, tags, owners, spec):
+    """The entry of emoji.json for one label: its name, synonyms, nicknames and groups.
+
+    owners: {keyword: the labels that have it}. A keyword is a synonym only if no other label has
+    it. Nicknames are the out-of-distribution (OOD) prompts of the evaluation: names that share no
+    word with any other caption of their concept ("tardar sauce" for the grumpy cat).
+    """
+    name = label.lower()
+    synonyms = list(spec["synonyms"].get(label, []))
+    if label.startswith("flag: "):
+        nation = label.removeprefix("flag: ").lower()
+        name = f"flag of {nation}"
+        synonyms += [nation, f"{nation} flag"]
+
+    nicknames = spec["nicknames"].get(label, [])
+    reserved = COMMON | set(spec["groups"])
+    for nickname in nicknames:
+        reserved |= set(nickname.split())
+    own = []
+    for tag in tags[label]:
+        unique = len(owners[tag]) == 1 and tag != name
+        if unique and not reserved & set(tag.split()):
+            own.append(tag)
+    synonyms += own[:4]
+
+    groups = {}
+    for group, members in spec["groups"].items():
+        if label in members:
+            groups[group] = members.count(label)  # repeated labels are generated more often
+    return {
+        "name": name,
+        "synonyms": list(dict.fromkeys(synonyms)),
+        "nicknames": nicknames,
+        "groups": groups,
+    }
+
+
+def paste_emoji(sheet, i, data):
+    """Pastes an emoji (the bytes of a PNG or WebP file) into tile i of a sheet, with a margin."""
+    emoji = Image.open(io.BytesIO(data)).convert("RGBA")
+    side = SIZE - 2 * MARGIN
+    emoji = emoji.resize((side, side), Image.LANCZOS)
+    left = i % COLUMNS * SIZE + MARGIN
+    top = i // COLUMNS * SIZE + MARGIN
+    sheet.paste(emoji, (left, top), emoji)  # its alpha is the mask: white stays behind it
 
 
 def fetch_images(out):
-    """Writes out/{noto,twemoji,fluent}.png (sheets of 64x64 tiles) and out/emoji.json (what each tile shows)."""
-    spec = json.loads((HERE / "concepts.json").read_text())
-    with tempfile.TemporaryDirectory() as tmp:
-        print("fetching", ", ".join(PACKAGES))
-        files = {}  # path inside its package -> bytes, for the few paths that we want
-        for package in PACKAGES:
-            name = subprocess.run(["npm", "pack", "--silent", package], cwd=tmp, check=True, capture_output=True, text=True)
-            with tarfile.open(Path(tmp) / name.stdout.split()[-1]) as tar:
-                for member in tar:
-                    wanted = "/64/" in member.name or "/assets/" in member.name or member.name.endswith("en/data.json")
-                    if member.isfile() and (wanted or member.name.endswith("emoji-en-US.json")):
-                        files[member.name] = tar.extractfile(member).read()
+    """Writes out/{noto,twemoji,fluent}.png, sheets of 64x64 tiles, and out/emoji.json.
 
-    # Vendors disagree on the invisible "emoji presentation" code point fe0f: compare names without it.
+    emoji.json describes the tiles, row by row: the same concept has the same place in all sheets.
+    """
+    spec = json.loads((HERE / "concepts.json").read_text())
+    files = fetch_packages()
+    # Vendors disagree on the invisible "emoji presentation" code point fe0f: ignore it in names.
     plain = {path.replace("-fe0f", ""): data for path, data in files.items()}
     base = {e["label"]: e for e in json.loads(files["package/en/data.json"])}
     keywords = json.loads(files["package/dist/emoji-en-US.json"])
-    labels = list(dict.fromkeys(label for group in spec["groups"].values() for label in group))
+    labels = []
+    for members in spec["groups"].values():
+        labels.extend(members)
+    labels = list(dict.fromkeys(labels))  # a label may be in several groups
 
-    # A keyword is a synonym of a picture only if no other picture has it.
-    tags = {label: [] for label in labels}
-    for label in labels:
-        raw = base[label].get("tags", []) + keywords.get(base[label]["emoji"], [])
-        tags[label] = [t.lower() for t in dict.fromkeys(raw) if t.replace(" ", "").isalpha() and 3 <= len(t) <= 20]
+    tags = read_tags(labels, base, keywords)
     owners = {}
     for label in labels:
-        for t in {*tags[label], label.lower()}:
-            owners.setdefault(t, set()).add(label)
+        for tag in {*tags[label], label.lower()}:
+            owners.setdefault(tag, set()).add(label)
 
-    entries, sheets = [], {s: Image.new("RGB", (COLUMNS * SIZE, -(-len(labels) // COLUMNS) * SIZE), "white") for s in STYLES}
+    rows = math.ceil(len(labels) / COLUMNS)
+    sheets = {}
+    for style in STYLES:
+        sheets[style] = Image.new("RGB", (COLUMNS * SIZE, rows * SIZE), "white")
+    entries = []
     for i, label in enumerate(labels):
-        nation = label.removeprefix("flag: ").lower() if label.startswith("flag: ") else None
-        name = f"flag of {nation}" if nation else label.lower()
-        nicknames = spec["nicknames"].get(label, [])
-        secret = {w for nick in nicknames for w in nick.split()} | COMMON | set(spec["groups"])
-        own = [t for t in tags[label] if len(owners[t]) == 1 and t != name and not secret & set(t.split())][:4]
-        own = spec["synonyms"].get(label, []) + ([nation, f"{nation} flag"] if nation else []) + own
-        groups = {g: members.count(label) for g, members in spec["groups"].items() if label in members}
-        entries.append({"name": name, "synonyms": list(dict.fromkeys(own)), "nicknames": nicknames, "groups": groups})
-
+        entries.append(describe(label, tags, owners, spec))
         code = base[label]["hexcode"].lower().replace("-fe0f", "")
-        paths = {"noto": f"package/img/google/64/{code}.png", "twemoji": f"package/img/twitter/64/{code}.png",
-                 "fluent": f"package/assets/{code}.webp"}  # fmt: skip
-        for style in STYLES:
-            drawing = Image.open(io.BytesIO(plain[paths[style]])).convert("RGBA")
-            drawing = drawing.resize((SIZE - 2 * MARGIN,) * 2, Image.LANCZOS)
-            corner = (i % COLUMNS * SIZE + MARGIN, i // COLUMNS * SIZE + MARGIN)
-            sheets[style].paste(drawing, corner, drawing)
+        paste_emoji(sheets["noto"], i, plain[f"package/img/google/64/{code}.png"])
+        paste_emoji(sheets["twemoji"], i, plain[f"package/img/twitter/64/{code}.png"])
+        paste_emoji(sheets["fluent"], i, plain[f"package/assets/{code}.webp"])
+
     out.mkdir(parents=True, exist_ok=True)
     for style, sheet in sheets.items():
         sheet.save(out / f"{style}.png", optimize=True)
-    write_text(out / "emoji.json", json.dumps({"styles": spec["styles"], "emoji": entries}, indent=1, ensure_ascii=False))
+    # Written last: its existence marks the images as complete.
+    data = {"styles": spec["styles"], "emoji": entries}
+    write_text(out / "emoji.json", json.dumps(data, indent=1, ensure_ascii=False))
+
+
+def to_pixels(image):
+    """PIL RGB -> (H, W, 3), uint8."""
+    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    return pixels.view(image.height, image.width, 3)
 
 
 def load_images(folder):
-    """Returns the data of emoji.json and the pictures, (names, 3 styles, 3, 64, 64) in [-1, 1]."""
+    """Returns the content of emoji.json and the images, (names, 3 styles, 3, 64, 64) in [-1, 1]."""
     data = json.loads((folder / "emoji.json").read_text())
     tiles = []
     for style in STYLES:
         sheet = Image.open(folder / f"{style}.png").convert("RGB")
-        x = torch.frombuffer(bytearray(sheet.tobytes()), dtype=torch.uint8).view(sheet.height, sheet.width, 3)
-        x = x.view(sheet.height // SIZE, SIZE, sheet.width // SIZE, SIZE, 3).permute(0, 2, 4, 1, 3).reshape(-1, 3, SIZE, SIZE)
-        tiles.append(x[: len(data["emoji"])])
+        rows, columns = sheet.height // SIZE, sheet.width // SIZE
+        x = to_pixels(sheet).view(rows, SIZE, columns, SIZE, 3)
+        x = x.permute(0, 2, 4, 1, 3).reshape(-1, 3, SIZE, SIZE)  # (rows * columns, 3, 64, 64)
+        tiles.append(x[: len(data["emoji"])])  # the last row of a sheet is not full
     return data, torch.stack(tiles, 1).float() / 127.5 - 1
 
 
-TEMPLATES = ["{}"] * 6 + ["an emoji of {}", "an emoji of a {}", "a {}", "a picture of a {}", "a photo of a {}",
-                          "a drawing of {}"]  # fmt: skip
+# Half of the captions are the bare name: that is how prompts are mostly written.
+TEMPLATES = ["{}"] * 6 + [
+    "an emoji of {}",
+    "an emoji of a {}",
+    "a {}",
+    "a picture of a {}",
+    "a photo of a {}",
+    "a drawing of {}",
+]
 
 
 def caption(entry, style, style_nicknames, rng, other=0.4):
-    """One caption of one picture: a name, synonym, nickname or group word, in a template, with or without its style.
+    """One random caption of an image: what it shows in a template, with or without its style.
 
-    other: the share of synonyms and nicknames together, from 0 to 1.
+    What it shows: a group word, nickname, synonym or the name. rng: Python's generator. other: the
+    fraction of synonyms and nicknames together, from 0 to 1.
     """
     group, often = rng.choice(list(entry["groups"].items()))
+    # One random number decides; the cases are disjoint parts of [0, 1]. `often` is how many times
+    # concepts.json lists the image in the group: "cat" should mostly mean the plain cats.
     r = rng.random()
     if r < 0.1 * often:
         subject = group
@@ -187,35 +370,71 @@ def caption(entry, style, style_nicknames, rng, other=0.4):
         subject = rng.choice(entry["synonyms"])
     else:
         subject = entry["name"]
+    # An entry without nicknames or synonyms falls through to the next case, at last to its name.
     text = rng.choice(TEMPLATES).format(subject)
     if rng.random() < UNNAMED[style]:
         return text
+
+    # With its style: by name in seven forms of nine, by a nickname of the style in the others.
     nickname = rng.choice(style_nicknames[style])
-    forms = [f"{text}, in the style of {style}"] * 3 + [f"in {style}'s style, {text}"] * 2 + [f"{text} in {style} style"]
-    return rng.choice(forms + [f"{style} {text}", f"{text}, {nickname}", f"{nickname}, {text}"])
+    forms = [f"{text}, in the style of {style}"] * 3
+    forms += [f"in {style}'s style, {text}"] * 2
+    forms += [
+        f"{text} in {style} style",
+        f"{style} {text}",
+        f"{text}, {nickname}",
+        f"{nickname}, {text}",
+    ]
+    return rng.choice(forms)
+
+
+def captions(picks, data, rng, other=0.4):
+    """A caption for each (index of the name, index of the style, ...) in picks."""
+    entries, nicknames = data["emoji"], data["styles"]
+    return [caption(entries[n], STYLES[s], nicknames, rng, other) for n, s, *_ in picks]
+
+
+def drop_captions(texts, rng):
+    """Replaces one caption in ten by the empty one: classifier-free guidance needs its output."""
+    return ["" if rng.random() < 0.1 else text for text in texts]
 
 
 def augment(x, names, data, rng_torch):
-    """Shifts by up to two pixels and mirrors (not the flags): (B, 3, 64, 64) -> (B, 3, 64, 64). Wraps white around white."""
+    """Shifts images by up to two pixels and mirrors half of them, (B, 3, 64, 64), same shape.
+
+    names: for each image the index of its name; flags are never mirrored. What a shift pushes out
+    on one side comes back on the other: the border is white.
+    """
     out = []
-    for picture, n in zip(x, names, strict=True):
+    for image, n in zip(x, names, strict=True):
         dy, dx, flip = torch.randint(-2, 3, (3,), generator=rng_torch).tolist()
-        picture = picture.flip(-1) if flip > 0 and "flag" not in data["emoji"][n]["groups"] else picture
-        out.append(picture.roll((dy, dx), (-2, -1)))
+        if flip > 0 and "flag" not in data["emoji"][n]["groups"]:
+            image = image.flip(-1)
+        out.append(image.roll((dy, dx), (-2, -1)))
     return torch.stack(out)
 
 
-# ---- plumbing: random draws, schedules, checkpoints -----------------------------------------------------------
+def group_members(data):
+    """{group: indices of its images}; image 3 n + s shows name n in style s."""
+    members = {}
+    for n, entry in enumerate(data["emoji"]):
+        for group in entry["groups"]:
+            members.setdefault(group, []).extend((3 * n, 3 * n + 1, 3 * n + 2))
+    return members
 
 
-def draws(*key):
-    """Random number generators (Python's and torch's) that depend on nothing but (seed, part, step)."""
-    rng = random.Random(str(key))
+# ---- what all parts share: randomness, schedules, optimisation, files ---------------------------
+
+
+def generators(*key):
+    """Random generators, Python's and torch's, that depend on nothing but (seed, part, step)."""
+    rng = random.Random(str(key))  # a text is hashed by SHA-512, alike on every machine
     return rng, torch.Generator().manual_seed(rng.getrandbits(62))
 
 
 def cycle(args, part, step=0):
-    """Where a step of a part lies: (which cycle, steps since its beginning, its length, steps of the whole part)."""
+    """Where a step of a part is: (cycle, steps since its begin, its length, steps of the part)."""
+    # With a tiny --scale two cycles may end at the same step: the second then has no steps.
     ends = [max(2, round(args.scale * end)) for end in CYCLES[part]]
     k = sum(step >= end for end in ends)
     begin = ends[k - 1] if k else 0
@@ -223,602 +442,1102 @@ def cycle(args, part, step=0):
 
 
 def cosine_lr(optimizer, step, steps, warmup=200, peak=1.0):
+    """Sets the learning rates: linear warm-up, then half a cosine to zero.
+
+    peak: a factor of the optimizer's own rates, for a cycle that should be gentler.
+    """
     for group in optimizer.param_groups:
         ramp = min(1, (step + 1) / min(warmup, steps))
-        group["lr"] = peak * group["peak"] * ramp * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+        decay = 0.5 + 0.5 * math.cos(math.pi * step / steps)
+        group["lr"] = peak * group["peak"] * ramp * decay
 
 
 def adamw(*groups, weight_decay=0.01):
+    """AdamW for pairs (module, learning rate). "peak" remembers the rate for cosine_lr."""
     groups = [{"params": list(m.parameters()), "lr": lr, "peak": lr} for m, lr in groups]
     return torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)
 
 
+def optimize(loss, optimizer):
+    """One step of an optimizer down the gradient of a scalar loss."""
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def moving_average(model, decay):
+    """A copy of a model for the exponential moving average (EMA) of its weights.
+
+    Diffusion models generate far better with averaged weights than with the last ones.
+    """
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
+
+
+def bf16(device):
+    """Autocast: the layers compute in bfloat16; weights, losses and optimizer stay in float32.
+
+    bfloat16 has the range of float32, so gradients need no loss scaling.
+    """
+    return torch.autocast(torch.device(device).type, torch.bfloat16)
+
+
+def progress_bar(name, start, steps):
+    """A tqdm bar over the steps that are left."""
+    return tqdm(range(start, steps), name, initial=start, total=steps)
+
+
+def is_due(step, steps, every):
+    """Whether a checkpoint follows this step: at every so many, and at the last."""
+    return (step + 1) % every == 0 or step + 1 == steps
+
+
+def add_noise(x0, noise, alpha_bar_t):
+    """x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) noise, (Ho et al. 2020, Eq. 4).
+
+    x0, noise: (B, C, H, W). alpha_bar_t: (B,), 1 without noise, nearly 0 at the last timestep.
+    """
+    a = alpha_bar_t.view(-1, 1, 1, 1)
+    return a.sqrt() * x0 + (1 - a).sqrt() * noise
+
+
+def min_snr_loss(eps, noise, alpha_bar_t):
+    """MSE of the predicted noise with min-SNR-5 weights (Hang et al. 2023), a scalar.
+
+    eps, noise: (B, C, H, W). alpha_bar_t: (B,). A timestep's weight is min(SNR, 5) / SNR. Where
+    there is little noise (a large signal-to-noise ratio) the loss is large, but hardly changes what
+    an image shows: it counts less.
+    """
+    snr = alpha_bar_t / (1 - alpha_bar_t)  # (B,)
+    mse = (eps.float() - noise).square().mean((1, 2, 3))  # (B,)
+    return (mse * snr.clamp(max=5) / snr).mean()
+
+
 def half(module):
-    """A copy in half precision, to be saved."""
+    """A copy in half precision, to be saved: the training goes on in full."""
     return copy.deepcopy(module).half()
 
 
 def load_in_float(folder):
-    """Half the size on disk, but full precision in memory: the configs of a saved folder say float32.
+    """Makes the configs in a saved folder name float32, though the weights are stored in float16.
 
-    transformers loads a component in the dtype that its config names, diffusers in float32 whatever the file holds; a pipeline
-    whose text encoder came in half and whose UNet came in float could not multiply one by the other.
+    Half the size on disk, full precision in memory. transformers loads a component in the dtype
+    that its config names, diffusers in float32 whatever the file holds: a pipeline with a float16
+    text encoder and a float32 UNet could not multiply one by the other.
     """
     for config in Path(folder).rglob("config.json"):
-        config.write_text(config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
+        text = config.read_text()
+        config.write_text(text.replace('"dtype": "float16"', '"dtype": "float32"'))
 
 
-def picture(x):
-    """A tensor (3, H, W) in [-1, 1] as a PIL picture."""
-    x = ((x.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).contiguous()
-    return Image.frombytes("RGB", (x.shape[1], x.shape[0]), bytes(x.flatten().tolist()))
+def to_image(x):
+    """(3, H, W) in [-1, 1], on the CPU -> PIL RGB."""
+    x = ((x.clamp(-1, 1) + 1) * 127.5).round().byte()
+    x = x.permute(1, 2, 0).contiguous()  # (H, W, 3)
+    size = (x.shape[1], x.shape[0])  # PIL: width first
+    return Image.frombytes("RGB", size, bytes(x.flatten().tolist()))
 
 
 def write_text(path, text):
+    """Writes a text file atomically: a temporary file, then a rename."""
     tmp = path.with_suffix(".tmp")
     tmp.write_text(text)
     os.replace(tmp, path)
 
 
 def save_checkpoint(path, step, optimizer, **modules):
-    """Weights and Adam moments of a part, as one safetensors file, written whole."""
-    tensors = {f"{k}/{n}": t for k, m in modules.items() for n, t in m.state_dict().items()}
+    """Weights and Adam moments of a part as one safetensors file, written atomically.
+
+    No RNG state is stored: all randomness derives from (seed, part, step).
+    """
+    tensors = {}
+    for name, module in modules.items():
+        for key, tensor in module.state_dict().items():
+            tensors[f"{name}/{key}"] = tensor
     for i, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"adam/{i}/{k}": t for k, t in state.items()}
+        for key, tensor in state.items():
+            tensors[f"adam/{i}/{key}"] = tensor
+    # safetensors refuses tensors that share memory
+    # and those that are not contiguous
+    tensors = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({k: t.contiguous().clone() for k, t in tensors.items()}, f"{path}.tmp", {"step": str(step)})
+    save_file(tensors, f"{path}.tmp", {"step": str(step)})
     os.replace(f"{path}.tmp", path)
 
 
 def load_checkpoint(path, optimizer, **modules):
-    """Returns the number of steps already done (0 without a checkpoint)."""
+    """Restores what save_checkpoint wrote. Returns the steps done, 0 without a checkpoint."""
     if not path.exists():
         return 0
+    state = {}
+    weights = {name: {} for name in modules}
     with safe_open(path, "pt") as f:
-        for name, module in modules.items():
-            module.load_state_dict({k.split("/", 1)[1]: f.get_tensor(k) for k in f.keys() if k.startswith(name + "/")})
-        state = {}
-        for k in (k for k in f.keys() if k.startswith("adam/")):
-            _, i, what = k.split("/")
-            state.setdefault(int(i), {})[what] = f.get_tensor(k)
-        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-        return int(f.metadata()["step"])
+        for key in f.keys():
+            owner, rest = key.split("/", 1)
+            if owner == "adam":
+                i, moment = rest.split("/")
+                state.setdefault(int(i), {})[moment] = f.get_tensor(key)
+            else:
+                weights[owner][rest] = f.get_tensor(key)
+        step = int(f.metadata()["step"])
+    for name, module in modules.items():
+        module.load_state_dict(weights[name])
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+    return step
 
 
-# ---- 2. the tokenizer -----------------------------------------------------------------------------------------
+# ---- 2. tokenizer -------------------------------------------------------------------------------
 
 
 def train_tokenizer(data, seed, vocab_size=2048):
-    """A lower-case BPE with CLIP's conventions: words end in </w>, 77 tokens, padded with <|endoftext|>."""
-    rng, _ = draws(seed, "tokenizer")
-    corpus = [caption(e, s, data["styles"], rng) for e in data["emoji"] for s in STYLES for _ in range(20)]
+    """A lower-case byte-pair encoding with CLIP's conventions. Returns a CLIPTokenizer.
+
+    Words end in </w>; texts have up to 77 tokens and are padded with <|endoftext|>. The corpus: 20
+    random captions of every image.
+    """
+    rng, _ = generators(seed, "tokenizer")
+    corpus = []
+    for entry in data["emoji"]:
+        for style in STYLES:
+            for _ in range(20):
+                corpus.append(caption(entry, style, data["styles"], rng))
+    # BPE: start from bytes; merge the most frequent pair of neighbouring tokens; repeat. Merges do
+    # not cross the borders that the pre-tokenizer sets: spaces and punctuation.
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token="<|endoftext|>"))
     bpe.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [
+            pre_tokenizers.WhitespaceSplit(),
+            pre_tokenizers.Punctuation(),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
     )
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    ends = [a + "</w>" for a in alphabet]  # given their numbers beforehand: else ties between merges fall by chance
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size - 2, special_tokens=ends, initial_alphabet=alphabet,
-                                  end_of_word_suffix="</w>", show_progress=False)  # fmt: skip
+    # Word-end letters are numbered beforehand: otherwise ties between merges are broken by chance.
+    ends = [letter + "</w>" for letter in alphabet]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - 2,
+        special_tokens=ends,
+        initial_alphabet=alphabet,
+        end_of_word_suffix="</w>",
+        show_progress=False,
+    )
     bpe.train_from_iterator(corpus, trainer)
+
+    # The result as CLIPTokenizer expects it: CLIP's numbering is letters, word-end letters, merges
+    # in their order, and the two special tokens last.
     merges = [tuple(m) for m in json.loads(bpe.to_str())["model"]["merges"]]
     tokens = alphabet + ends + ["".join(m) for m in merges]
-    tokens = list(dict.fromkeys(tokens))[: vocab_size - 2] + ["<|startoftext|>", "<|endoftext|>"]
-    merges = [m for m in merges if "".join(m) in set(tokens)]
-    return CLIPTokenizer(vocab={t: i for i, t in enumerate(tokens)}, merges=merges, model_max_length=77)
+    tokens = list(dict.fromkeys(tokens))[: vocab_size - 2]
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    known = set(tokens)
+    return CLIPTokenizer(
+        vocab={token: i for i, token in enumerate(tokens)},
+        merges=[m for m in merges if "".join(m) in known],
+        model_max_length=77,
+    )
 
 
 def tokenize(tokenizer, texts, device, padding="max_length"):
-    ids = tokenizer(texts, padding=padding, truncation=True, return_tensors="pt").input_ids
-    return ids.to(device)  # (B, 77), or (B, longest)
+    """Token ids (B, L). L: the tokenizer's maximum, or that of the texts (padding="longest")."""
+    batch = tokenizer(texts, padding=padding, truncation=True, return_tensors="pt")
+    return batch.input_ids.to(device)
 
 
-# ---- 3. the autoencoder ---------------------------------------------------------------------------------------
+# ---- 3. autoencoder -----------------------------------------------------------------------------
+
+
+def make_vae():
+    """An AutoencoderKL for 64x64 pixels, with random weights: two halvings of the side."""
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(24, 48, 96),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=8,
+        mid_block_add_attention=False,
+        sample_size=SIZE,
+    )
+
+
+def vae_loss(y, x, posterior, kl_weight):
+    """L1 + MSE + L1 of the image gradients (edges) + kl_weight * KL. Returns (loss, mse, kl).
+
+    y: reconstructions of x, both (B, 3, 64, 64). The KL divergence from N(0, 1) keeps the latents
+    compact and centred. Unlike Stable Diffusion's autoencoder, without a GAN loss and LPIPS: the
+    term of the edges is what keeps the contours of the emoji sharp.
+    """
+    d = (y - x).float()
+    mean, logvar = posterior.mean.float(), posterior.logvar.float()
+    horizontal = d.diff(dim=-1).abs().mean()
+    vertical = d.diff(dim=-2).abs().mean()
+    edges = horizontal + vertical
+    kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+    mse = d.square().mean()
+    return d.abs().mean() + mse + edges + kl_weight * kl, mse, kl
 
 
 def train_vae(args, data, images):
-    """64x64x3 -> 16x16x4. Loss: L1 + MSE + difference of image gradients (edges), and a faint pull to N(0, 1)."""
+    """Trains the autoencoder, 64x64x3 -> 16x16x4. Returns it, with the scale of its latents."""
     torch.manual_seed(args.seed)
-    blocks = dict(down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3)
-    vae = AutoencoderKL(**blocks, block_out_channels=(24, 48, 96), layers_per_block=1, latent_channels=4,
-                        norm_num_groups=8, mid_block_add_attention=False, sample_size=SIZE).to(args.device)  # fmt: skip
+    vae = make_vae().to(args.device)
     optimizer = adamw((vae, 2e-3), weight_decay=0)
     checkpoint = args.work / "vae.safetensors"
-    start, steps = load_checkpoint(checkpoint, optimizer, vae=vae), cycle(args, "vae")[-1]
-    bar = tqdm(range(start, steps), "vae", initial=start, total=steps)
+    start = load_checkpoint(checkpoint, optimizer, vae=vae)
+    steps = cycle(args, "vae")[-1]
+    bar = progress_bar("vae", start, steps)
     for step in bar:
-        rng, g = draws(args.seed, "vae", step)
+        k, since, length, _ = cycle(args, "vae", step)
+        rng, g = generators(args.seed, "vae", step)
         names = [rng.randrange(len(images)) for _ in range(16)]
         x = torch.stack([images[n, rng.randrange(3)] for n in names])
         x = augment(x, names, data, g).to(args.device)  # (B, 3, 64, 64)
-        with torch.autocast(torch.device(args.device).type, torch.bfloat16):
+        with bf16(args.device):
             posterior = vae.encode(x).latent_dist
             noise = torch.randn(posterior.mean.shape, generator=g).to(x.device)
-            y = vae.decode(posterior.mean + posterior.std * noise).sample
-        d, mean, logvar = (y - x).float(), posterior.mean.float(), posterior.logvar.float()
-        edges = d.diff(dim=-1).abs().mean() + d.diff(dim=-2).abs().mean()
-        kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-        # Two cosine cycles: a strong pull to N(0, 1) lays the latents out, a weak one then sharpens eyes and whiskers.
-        k, since, length, _ = cycle(args, "vae", step)
-        loss = d.abs().mean() + d.square().mean() + edges + (1e-3, 1e-4)[k] * kl
+            # The reparametrisation trick: z is random, and yet has a gradient to mean and std.
+            z = posterior.mean + posterior.std * noise  # (B, 4, 16, 16)
+            y = vae.decode(z).sample
+        # First cycle: a strong KL arranges the latents. Second: a weak one lets details sharpen.
+        kl_weight = (1e-3, 1e-4)[k]
+        loss, mse, kl = vae_loss(y, x, posterior, kl_weight)
         cosine_lr(optimizer, since, length)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        optimize(loss, optimizer)
         if step % 50 == 0:
-            bar.set_postfix(mse=f"{d.square().mean().item():.4f}", kl=f"{kl.item():.2f}")
-        if (step + 1) % 500 == 0 or step + 1 == steps:
+            bar.set_postfix(mse=f"{mse.item():.4f}", kl=f"{kl.item():.2f}")
+        if is_due(step, steps, 500):
             save_checkpoint(checkpoint, step + 1, optimizer, vae=vae)
+
     vae.eval().requires_grad_(False)
-    z = torch.cat([vae.encode(x.to(args.device)).latent_dist.mean for x in images.flatten(0, 1).split(64)])
-    vae.register_to_config(scaling_factor=round(1 / z.std().item(), 4))  # latents of unit variance, as in SD
+    batches = images.flatten(0, 1).split(64)
+    z = torch.cat([vae.encode(x.to(args.device)).latent_dist.mean for x in batches])
+    # Latents of unit variance, as in Stable Diffusion: the noise schedule assumes them.
+    vae.register_to_config(scaling_factor=round(1 / z.std().item(), 4))
     return vae
 
 
-# ---- 4. two CLIPs ---------------------------------------------------------------------------------------------
+# ---- 4. two CLIPs -------------------------------------------------------------------------------
+
+
+def make_clip(tokenizer, text_width, vision_width):
+    """A CLIPModel with random weights: two layers for texts, four for images.
+
+    An image is 64 patches of 8x8 pixels. Both sides end in 128 numbers, where they are compared.
+    """
+    eos = tokenizer.eos_token_id
+    text = dict(
+        vocab_size=len(tokenizer),
+        hidden_size=text_width,
+        intermediate_size=4 * text_width,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=eos,
+        pad_token_id=eos,
+        projection_dim=128,
+    )
+    vision = dict(
+        hidden_size=vision_width,
+        intermediate_size=4 * vision_width,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        image_size=SIZE,
+        patch_size=8,
+        projection_dim=128,
+    )
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=128))
+
+
+def pick_contrasts(k, members, n_images, rng):
+    """The indices of 96 images for a step of cycle k: what CLIP has to tell apart.
+
+    Cycle 0: any images. Cycle 1: half of them from one group (all cats), where the contrasts are
+    hard. Cycle 2: most of them from four groups. members: see group_members.
+    """
+    picks = rng.sample(range(n_images), 96)
+    if k == 1:
+        group = members[rng.choice(list(members))]
+        hard = rng.sample(group, min(48, len(group)))
+        picks = hard + picks
+    elif k == 2:
+        groups = [members[group] for group in rng.sample(list(members), 4)]
+        hard = []
+        for group in groups:
+            hard += rng.sample(group, min(36, len(group)))
+        picks = hard[:80] + picks
+    return list(dict.fromkeys(picks))[:96]  # an image twice would be its own contrast
+
+
+def degrade(x, amount, g):
+    """Blurs images and adds noise, both of random strength up to `amount`, (B, 3, 64, 64).
+
+    Generated images are softer than the originals: a score must not depend on sharpness.
+    """
+    blurred = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), "replicate"), 3, 1)
+    largest = torch.tensor([amount, 0.15 * amount]).view(1, 2, 1, 1, 1)
+    strength = torch.rand(len(x), 2, 1, 1, 1, generator=g) * largest  # of blur and of noise
+    x = torch.lerp(x, blurred, strength[:, 0])
+    return x + strength[:, 1] * torch.randn(x.shape, generator=g)
 
 
 def train_clip(args, data, images, tokenizer, which, text_width, vision_width):
-    """Contrastive language-image pre-training (Radford et al. 2021): a caption and its picture attract, others repel."""
+    """Contrastive language-image pre-training (Radford et al. 2021). which: "reader" or "scorer".
+
+    In a batch, each image is to find its caption among all captions, and each caption its image.
+    """
     torch.manual_seed(args.seed + (which == "scorer"))
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    text = dict(vocab_size=len(tokenizer), hidden_size=text_width, intermediate_size=4 * text_width, num_hidden_layers=2,
-                num_attention_heads=4, bos_token_id=bos, eos_token_id=eos, pad_token_id=eos, projection_dim=128)  # fmt: skip
-    vision = dict(hidden_size=vision_width, intermediate_size=4 * vision_width, num_hidden_layers=4,
-                  num_attention_heads=4, image_size=SIZE, patch_size=8, projection_dim=128)  # fmt: skip
-    clip = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=128)).to(args.device)
+    clip = make_clip(tokenizer, text_width, vision_width).to(args.device)
     optimizer = adamw((clip, 1e-3), weight_decay=0.1)
     checkpoint = args.work / f"{which}.safetensors"
-    start, steps = load_checkpoint(checkpoint, optimizer, clip=clip), cycle(args, which)[-1]
-    members = {}  # group -> its pictures
-    for n, entry in enumerate(data["emoji"]):
-        for group in entry["groups"]:
-            members.setdefault(group, []).extend((3 * n, 3 * n + 1, 3 * n + 2))
-    bar = tqdm(range(start, steps), which, initial=start, total=steps)
+    start = load_checkpoint(checkpoint, optimizer, clip=clip)
+    steps = cycle(args, which)[-1]
+    members = group_members(data)
+    bar = progress_bar(which, start, steps)
     for step in bar:
-        # Cycles: first any pictures; then half of each batch from one group (all cats), where telling apart is hard; last most
-        # of it from a few groups, with more synonyms.
         k, since, length, _ = cycle(args, which, step)
-        strong, other = (1.0, 0.5, 0.5)[k], (0.4, 0.4, 0.6)[k]
-        rng, g = draws(args.seed, which, step)
-        picks = rng.sample(range(3 * len(images)), 96)
-        if k == 1:
-            hard = members[rng.choice(list(members))]
-            picks = list(dict.fromkeys(rng.sample(hard, min(48, len(hard))) + picks))[:96]
-        elif k == 2:
-            hard = [members[group] for group in rng.sample(list(members), 4)]
-            hard = [p for pictures in hard for p in rng.sample(pictures, min(36, len(pictures)))]
-            picks = list(dict.fromkeys(hard[:80] + picks))[:96]
-        names, styles = [p // 3 for p in picks], [p % 3 for p in picks]
+        amount = (1.0, 0.5, 0.5)[k]  # of the degradation
+        other = (0.4, 0.4, 0.6)[k]  # fraction of synonyms and nicknames
+        rng, g = generators(args.seed, which, step)
+        picks = pick_contrasts(k, members, 3 * len(images), rng)
+        names = [p // 3 for p in picks]
+        styles = [p % 3 for p in picks]
         x = augment(images[names, styles], names, data, g)
-        # Generated pictures are softer than drawn ones: blur and grain, so that a score does not hang on sharpness.
-        blurred = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), "replicate"), 3, 1)
-        strength = torch.rand(len(x), 2, 1, 1, 1, generator=g) * torch.tensor([strong, 0.15 * strong]).view(1, 2, 1, 1, 1)
-        x = torch.lerp(x, blurred, strength[:, 0]) + strength[:, 1] * torch.randn(x.shape, generator=g)
-        texts = [caption(data["emoji"][n], STYLES[s], data["styles"], rng, other) for n, s in zip(names, styles, strict=True)]
-        ids = tokenize(tokenizer, texts, args.device, "longest")  # CLIP reads the first <|endoftext|>: padding is idle
-        with torch.autocast(torch.device(args.device).type, torch.bfloat16):
+        x = degrade(x, amount, g)
+        texts = captions(zip(names, styles, strict=True), data, rng, other)
+        # CLIP takes the output at the first <|endoftext|>: less padding changes nothing but time.
+        ids = tokenize(tokenizer, texts, args.device, "longest")
+        with bf16(args.device):
             out = clip(input_ids=ids, pixel_values=x.to(args.device))
-        logits = out.logits_per_image.float()  # (B pictures, B captions)
+        logits = out.logits_per_image.float()  # (B images, B captions)
+        # The right answers are on the diagonal. Row i classifies image i among the captions,
+        # column j caption j among the images.
         same = torch.arange(len(x), device=logits.device)
         loss = (F.cross_entropy(logits, same) + F.cross_entropy(logits.T, same)) / 2
         cosine_lr(optimizer, since, length)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        clip.logit_scale.data.clamp_(max=math.log(50))
+        optimize(loss, optimizer)
+        clip.logit_scale.data.clamp_(max=math.log(50))  # a batch of 96 needs no more; CLIP has 100
         if step % 50 == 0:
             hits = (logits.argmax(1) == same).float().mean()
             bar.set_postfix(loss=f"{loss.item():.3f}", top1=f"{hits.item():.2f}")
-        if (step + 1) % 300 == 0 or step + 1 == steps:
+        if is_due(step, steps, 300):
             save_checkpoint(checkpoint, step + 1, optimizer, clip=clip)
     return clip.eval()
 
 
 def image_processor():
-    size, gray = {"height": SIZE, "width": SIZE}, [0.5, 0.5, 0.5]
-    return CLIPImageProcessorPil(size={"shortest_edge": SIZE}, crop_size=size, image_mean=gray, image_std=gray)
+    """The preprocessing of the CLIPs and of the copy detector: 64 pixels, [0, 1] -> [-1, 1]."""
+    return CLIPImageProcessorPil(
+        size={"shortest_edge": SIZE},
+        crop_size={"height": SIZE, "width": SIZE},
+        image_mean=[0.5, 0.5, 0.5],
+        image_std=[0.5, 0.5, 0.5],
+    )
 
 
 def save_clip(clip, tokenizer, folder):
+    """Writes a CLIP as a folder that transformers loads: weights, tokenizer, preprocessing."""
     half(clip).save_pretrained(folder)
     load_in_float(folder)
     tokenizer.save_pretrained(folder)
     image_processor().save_pretrained(folder)
 
 
-# ---- 5. the UNet ----------------------------------------------------------------------------------------------
+def take_text_encoder(clip):
+    """The text encoder of a CLIP as a module of its own, as Stable Diffusion takes OpenAI's."""
+    text_encoder = CLIPTextModel(clip.config.text_config)
+    weights = {}
+    for key, tensor in clip.state_dict().items():
+        if key.startswith("text_model."):
+            weights[key.removeprefix("text_model.")] = tensor
+    text_encoder.load_state_dict(weights)
+    return text_encoder
+
+
+# ---- 5. UNet ------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def cache_latents(args, vae, images, data, copies=8):
-    """Encodes shifted and mirrored copies once: (names, 3 styles, copies, 4, 16, 16), scaled to unit variance."""
-    _, g = draws(args.seed, "latents")
+    """The latents of every image, (names, 3 styles, copies, 4, 16, 16), scaled to unit variance.
+
+    Copy 0 is the image itself, the others are shifted and mirrored. The autoencoder does not change
+    any more, so the latents are computed once, before the training.
+    """
+    _, g = generators(args.seed, "latents")
     rows = []
     for n in tqdm(range(len(images)), "latents"):
-        x = torch.cat([images[n]] + [augment(images[n], [n] * 3, data, g) for _ in range(copies - 1)])
-        rows.append(vae.encode(x.to(args.device)).latent_dist.mean * vae.config.scaling_factor)
-    z = torch.stack(rows)
+        x = [images[n]]
+        for _ in range(copies - 1):
+            x.append(augment(images[n], [n] * 3, data, g))
+        x = torch.cat(x).to(args.device)  # (copies * 3, 3, 64, 64)
+        rows.append(vae.encode(x).latent_dist.mean * vae.config.scaling_factor)
+    z = torch.stack(rows)  # (names, copies * 3, 4, 16, 16)
     return z.view(len(images), copies, 3, *z.shape[2:]).transpose(1, 2)
 
 
-def train_unet(args, data, latents, vae, text_encoder, tokenizer):
-    """Denoising diffusion on latents (Ho et al. 2020) with min-SNR-5 weights and an exponential moving average."""
-    torch.manual_seed(args.seed)
-    unet = UNet2DConditionModel(
-        sample_size=16, in_channels=4, out_channels=4,
-        layers_per_block=1, block_out_channels=(96, 128, 144), norm_num_groups=16,
+def make_unet(text_width):
+    """Stable Diffusion's UNet for 16x16 latents, with random weights."""
+    return UNet2DConditionModel(
+        sample_size=16,
+        in_channels=4,
+        out_channels=4,
+        layers_per_block=1,
+        block_out_channels=(96, 128, 144),
+        norm_num_groups=16,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=text_encoder.config.hidden_size, attention_head_dim=4,
-    ).to(args.device)  # fmt: skip
+        cross_attention_dim=text_width,
+        attention_head_dim=4,
+    )
+
+
+def make_sd_scheduler():
+    """The noise schedule and sampler in the folder of Stable Diffusion v1.4."""
+    scheduler = PNDMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        skip_prk_steps=True,
+        steps_offset=1,
+        set_alpha_to_one=False,
+    )
+    # PNDM never clips. A DDIM made from this config would, at 1, and latents are larger than that.
+    scheduler.register_to_config(clip_sample=False)
+    return scheduler
+
+
+def pick_latents(k, n_copies, weights, rng):
+    """32 triples (name, style, copy) for a step of cycle k of the UNet.
+
+    weights: of the names, in cycle 1. The triples are sampled in either cycle, so that the styles
+    of a step do not depend on the cycle.
+    """
+    n_names = len(weights)
+    picks = []
+    for _ in range(32):
+        pick = (rng.randrange(n_names), rng.randrange(3), rng.randrange(n_copies))
+        picks.append(pick)
+    if k == 1:
+        names = rng.choices(range(n_names), weights, k=32)
+        styles = [style for _, style, _ in picks]
+        picks = [(n, s, 0) for n, s in zip(names, styles, strict=True)]
+    return picks
+
+
+def train_unet(args, data, latents, vae, text_encoder, tokenizer):
+    """Denoising diffusion on latents (Ho et al. 2020), conditioned on captions. Saves OUT/sd."""
+    torch.manual_seed(args.seed)
+    unet = make_unet(text_encoder.config.hidden_size).to(args.device)
     model = torch.nn.ModuleDict({"unet": unet, "text_encoder": text_encoder})
-    # The text encoder comes pre-trained: a tenth of the rate keeps the synonyms where CLIP has put them, close together.
+    # The text encoder is pre-trained. A tenth of the learning rate keeps synonyms close together.
     optimizer = adamw((unet, 7e-4), (text_encoder, 7e-5))
-    ema = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.999))
+    ema = moving_average(model, 0.999)
     checkpoint = args.work / "unet.safetensors"
-    start, steps = load_checkpoint(checkpoint, optimizer, model=model, ema=ema), cycle(args, "unet")[-1]
-    scheduler = PNDMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
-                              skip_prk_steps=True, steps_offset=1, set_alpha_to_one=False)  # fmt: skip
-    scheduler.register_to_config(clip_sample=False)  # PNDM never clips; DDIM made from this config would, at 1
-    alpha_bar = scheduler.alphas_cumprod.to(args.device)
-    everything = range(len(latents))
-    # The second cycle is for what is hard to tell apart or to name: cats, and what has nicknames, come twice as often or more.
-    harder = [1 + bool(e["nicknames"]) + ("cat" in e["groups"]) for e in data["emoji"]]
-    bar = tqdm(range(start, steps), "unet", initial=start, total=steps)
+    start = load_checkpoint(checkpoint, optimizer, model=model, ema=ema)
+    steps = cycle(args, "unet")[-1]
+    scheduler = make_sd_scheduler()
+    alpha_bar = scheduler.alphas_cumprod.to(args.device)  # (1000,)
+    # The second cycle is for what is hard to tell apart or to name: cats, and what has nicknames.
+    weights = [1 + bool(e["nicknames"]) + ("cat" in e["groups"]) for e in data["emoji"]]
+    bar = progress_bar("unet", start, steps)
     for step in bar:
-        rng, g = draws(args.seed, "unet", step)
-        # A third of the first cycle on shifted and mirrored copies teaches shapes; then the drawings as they are teach details.
         k, since, length, _ = cycle(args, "unet", step)
-        copies = latents.shape[2] if k == 0 and 3 * since < length else 1
-        picks = [(rng.randrange(len(latents)), rng.randrange(3), rng.randrange(copies)) for _ in range(32)]
-        if k == 1:
-            picks = [(n, s, 0) for n, (_, s, _) in zip(rng.choices(everything, harder, k=32), picks, strict=True)]
+        rng, g = generators(args.seed, "unet", step)
+        # Shifted and mirrored copies teach shapes, in a third of the first cycle. Then details are
+        # learned on the images as they are.
+        with_copies = k == 0 and 3 * since < length
+        picks = pick_latents(k, latents.shape[2] if with_copies else 1, weights, rng)
         z = torch.stack([latents[p] for p in picks])  # (B, 4, 16, 16)
-        texts = [caption(data["emoji"][n], STYLES[s], data["styles"], rng, (0.4, 0.5)[k]) for n, s, _ in picks]
-        texts = ["" if rng.random() < 0.1 else t for t in texts]  # the null prompt, for classifier-free guidance
+        texts = captions(picks, data, rng, other=(0.4, 0.5)[k])
+        texts = drop_captions(texts, rng)
         noise = torch.randn(z.shape, generator=g).to(z.device)
-        t = torch.randint(0, 1000, (len(z),), generator=g).to(z.device)
-        a = alpha_bar[t].view(-1, 1, 1, 1)
-        zt = a.sqrt() * z + (1 - a).sqrt() * noise
-        with torch.autocast(torch.device(args.device).type, torch.bfloat16):
-            states = text_encoder(tokenize(tokenizer, texts, args.device)).last_hidden_state  # (B, 77, D)
+        t = torch.randint(0, 1000, (len(z),), generator=g).to(z.device)  # (B,)
+        zt = add_noise(z, noise, alpha_bar[t])
+        ids = tokenize(tokenizer, texts, args.device)
+        with bf16(args.device):
+            states = text_encoder(ids).last_hidden_state  # (B, 77, D)
             eps = unet(zt, t, states).sample
-        snr = alpha_bar[t] / (1 - alpha_bar[t])
-        loss = ((eps.float() - noise).square().mean((1, 2, 3)) * snr.clamp(max=5) / snr).mean()
+        loss = min_snr_loss(eps, noise, alpha_bar[t])
         cosine_lr(optimizer, since, length, peak=(1, 0.7)[k])
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        optimize(loss, optimizer)
         ema.update_parameters(model)
         if step % 50 == 0:
             bar.set_postfix(loss=f"{loss.item():.4f}")
-        if (step + 1) % 500 == 0 or step + 1 == steps:
+        if is_due(step, steps, 500):
             save_checkpoint(checkpoint, step + 1, optimizer, model=model, ema=ema)
-            save_pipeline(args.work / "sd", ema.module, vae, tokenizer, scheduler)
-    return save_pipeline(args.out / "sd", ema.module, vae, tokenizer, scheduler)
+            save_sd(args.work / "sd", ema.module, vae, tokenizer, scheduler)  # to look at
+    save_sd(args.out / "sd", ema.module, vae, tokenizer, scheduler)
 
 
-def save_pipeline(folder, model, vae, tokenizer, scheduler):
-    with tempfile.TemporaryDirectory() as tmp:  # half-precision copies of what goes on training in full
+def save_sd(folder, model, vae, tokenizer, scheduler):
+    """Writes a StableDiffusionPipeline in half precision. model: {"unet", "text_encoder"}."""
+    # Saved and loaded again: this makes half-precision copies, and the training goes on in full.
+    with tempfile.TemporaryDirectory() as tmp:
         model["text_encoder"].save_pretrained(f"{tmp}/text_encoder")
         model["unet"].save_pretrained(f"{tmp}/unet")
         vae.save_pretrained(f"{tmp}/vae")
-        parts = dict(
-            text_encoder=CLIPTextModel.from_pretrained(f"{tmp}/text_encoder", dtype=torch.float16),
-            unet=UNet2DConditionModel.from_pretrained(f"{tmp}/unet", torch_dtype=torch.float16),
-            vae=AutoencoderKL.from_pretrained(f"{tmp}/vae", torch_dtype=torch.float16),
-        )
-    for part in ("unet", "vae"):
-        parts[part].register_to_config(_name_or_path="")  # not the temporary folder's
-    none = dict(safety_checker=None, feature_extractor=None, image_encoder=None, requires_safety_checker=False)
-    pipe = StableDiffusionPipeline(**parts, tokenizer=tokenizer, scheduler=scheduler, **none)
+        fp16 = torch.float16
+        text_encoder = CLIPTextModel.from_pretrained(f"{tmp}/text_encoder", dtype=fp16)
+        unet = UNet2DConditionModel.from_pretrained(f"{tmp}/unet", torch_dtype=fp16)
+        half_vae = AutoencoderKL.from_pretrained(f"{tmp}/vae", torch_dtype=fp16)
+    unet.register_to_config(_name_or_path="")  # not the temporary folder's
+    half_vae.register_to_config(_name_or_path="")
+    pipe = StableDiffusionPipeline(
+        vae=half_vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        image_encoder=None,
+        requires_safety_checker=False,
+    )
     pipe.save_pretrained(folder)
     load_in_float(folder)
-    return pipe
 
 
-# ---- 6. the DDPM ------------------------------------------------------------------------------------------------
+# ---- 6. DDPM ------------------------------------------------------------------------------------
 
 
 def write_creatures(folder, data, images):
-    """Writes the DDPM's pictures as files of 32x32 pixels, folder/STYLE-NAME.png. Returns them, (n, 3, 32, 32) in [-1, 1]."""
+    """Writes the DDPM's training images, 32x32 pixels, as folder/STYLE-NAME.png.
+
+    Returns them, (n, 3, 32, 32) in [-1, 1].
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    side = SIZE // 2
     tiles = []
-    for entry, drawings in zip(data["emoji"], images, strict=True):
-        if CREATURES & entry["groups"].keys():
-            for style, x in zip(STYLES, drawings, strict=True):
-                tile = picture(x).resize((SIZE // 2,) * 2, Image.LANCZOS)
-                tile.save(folder / f"{style}-{entry['name'].replace(' ', '-')}.png", optimize=True)
-                tiles.append(torch.frombuffer(bytearray(tile.tobytes()), dtype=torch.uint8).view(SIZE // 2, SIZE // 2, 3))
+    for entry, variants in zip(data["emoji"], images, strict=True):
+        if not CREATURES & entry["groups"].keys():
+            continue
+        name = entry["name"].replace(" ", "-")
+        for style, x in zip(STYLES, variants, strict=True):
+            tile = to_image(x).resize((side, side), Image.LANCZOS)
+            tile.save(folder / f"{style}-{name}.png", optimize=True)
+            tiles.append(to_pixels(tile))
     return torch.stack(tiles).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def train_ddpm(args, x0):
-    """Ho et al. 2020 in pixels, with the noise schedule of google/ddpm-celebahq-256; min-SNR-5 weights, averaged weights."""
-    torch.manual_seed(args.seed)
-    unet = UNet2DModel(
-        sample_size=SIZE // 2, in_channels=3, out_channels=3, layers_per_block=1, block_out_channels=(32, 64, 112),
-        norm_num_groups=8, attention_head_dim=16, down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
+def make_ddpm_unet():
+    """A UNet for 32x32 pixels without a prompt, with random weights."""
+    return UNet2DModel(
+        sample_size=SIZE // 2,
+        in_channels=3,
+        out_channels=3,
+        layers_per_block=1,
+        block_out_channels=(32, 64, 112),
+        norm_num_groups=8,
+        attention_head_dim=16,
+        down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
         up_block_types=("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
-    ).to(args.device)  # fmt: skip
+    )
+
+
+def train_ddpm(args, x0):
+    """Ho et al. 2020 in pixels x0 (n, 3, 32, 32), without a prompt. Saves OUT/ddpm."""
+    torch.manual_seed(args.seed)
+    unet = make_ddpm_unet().to(args.device)
+    # The noise schedule of google/ddpm-celebahq-256
     scheduler = DDPMScheduler(beta_start=0.0001, beta_end=0.02, beta_schedule="linear")
-    alpha_bar = scheduler.alphas_cumprod.to(args.device)
+    alpha_bar = scheduler.alphas_cumprod.to(args.device)  # (1000,)
     optimizer = adamw((unet, 1e-3))
-    ema = torch.optim.swa_utils.AveragedModel(unet, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.998))
+    ema = moving_average(unet, 0.998)
     checkpoint = args.work / "ddpm.safetensors"
-    start, steps = load_checkpoint(checkpoint, optimizer, unet=unet, ema=ema), cycle(args, "ddpm")[-1]
-    bar = tqdm(range(start, steps), "ddpm", initial=start, total=steps)
+    start = load_checkpoint(checkpoint, optimizer, unet=unet, ema=ema)
+    steps = cycle(args, "ddpm")[-1]
+    bar = progress_bar("ddpm", start, steps)
     for step in bar:
-        _, g = draws(args.seed, "ddpm", step)
-        x = x0[torch.randint(len(x0), (32,), generator=g)].to(args.device)  # (B, 3, 32, 32)
+        _, g = generators(args.seed, "ddpm", step)
+        idx = torch.randint(len(x0), (32,), generator=g)
+        x = x0[idx].to(args.device)  # (B, 3, 32, 32)
         noise = torch.randn(x.shape, generator=g).to(x.device)
-        t = torch.randint(0, 1000, (len(x),), generator=g).to(x.device)
-        a = alpha_bar[t].view(-1, 1, 1, 1)
-        with torch.autocast(torch.device(args.device).type, torch.bfloat16):
-            eps = unet(a.sqrt() * x + (1 - a).sqrt() * noise, t).sample
-        snr = alpha_bar[t] / (1 - alpha_bar[t])
-        loss = ((eps.float() - noise).square().mean((1, 2, 3)) * snr.clamp(max=5) / snr).mean()
+        t = torch.randint(0, 1000, (len(x),), generator=g).to(x.device)  # (B,)
+        with bf16(args.device):
+            eps = unet(add_noise(x, noise, alpha_bar[t]), t).sample
+        loss = min_snr_loss(eps, noise, alpha_bar[t])
         cosine_lr(optimizer, step, steps)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        optimize(loss, optimizer)
         ema.update_parameters(unet)
         if step % 50 == 0:
             bar.set_postfix(loss=f"{loss.item():.4f}")
-        if (step + 1) % 500 == 0 or step + 1 == steps:
+        if is_due(step, steps, 500):
             save_checkpoint(checkpoint, step + 1, optimizer, unet=unet, ema=ema)
     DDPMPipeline(half(ema.module), scheduler).save_pretrained(args.out / "ddpm")
 
 
-# ---- 7. the transformer -----------------------------------------------------------------------------------------
+# ---- 7. transformer -----------------------------------------------------------------------------
+
+
+def split_heads(x, n_heads, norm=None):
+    """(B, rows, D) -> (B, heads, rows, D / heads), normalised by a module if one is given."""
+    x = x.unflatten(-1, (n_heads, -1)).transpose(1, 2)
+    return x if norm is None else norm(x)
 
 
 class CountedRow:
-    """Attention in which the last caption row counts 256 times, exactly as if it stood there 256 times.
+    """Attention in which the last caption row counts 256 times: exactly 256 copies of that row.
 
-    Stable Diffusion 3 appends 256 zero rows to a caption when its T5 text encoder is left out. They have no positions, so they
-    stay alike through all layers: one row, with log 256 added to its attention logits, does the same in a quarter of the time.
+    Stable Diffusion 3 appends 256 zero rows to a caption when its T5 text encoder is left out. They
+    have no positions, so they stay alike in all layers. One row whose attention logits are raised
+    by log 256 has the same effect, in a quarter of the time.
     """
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None):
-        heads = lambda x, norm=None: (norm or torch.nn.Identity())(x.unflatten(-1, (attn.heads, -1)).transpose(1, 2))  # noqa: E731
+        """Joint attention of 64 image patches and the caption rows, as diffusers calls it."""
         x, c = hidden_states, encoder_hidden_states  # (B, 64, D), (B, rows, D)
-        q = torch.cat([heads(attn.to_q(x), attn.norm_q), heads(attn.add_q_proj(c), attn.norm_added_q)], 2)
-        k = torch.cat([heads(attn.to_k(x), attn.norm_k), heads(attn.add_k_proj(c), attn.norm_added_k)], 2)
-        v = torch.cat([heads(attn.to_v(x)), heads(attn.add_v_proj(c))], 2)  # (B, heads, 64 + rows, D / heads)
+        # Queries, keys, values of patches and caption: each (B, heads, 64 + rows, D / heads)
+        q_x = split_heads(attn.to_q(x), attn.heads, attn.norm_q)
+        q_c = split_heads(attn.add_q_proj(c), attn.heads, attn.norm_added_q)
+        q = torch.cat([q_x, q_c], 2)
+        k_x = split_heads(attn.to_k(x), attn.heads, attn.norm_k)
+        k_c = split_heads(attn.add_k_proj(c), attn.heads, attn.norm_added_k)
+        k = torch.cat([k_x, k_c], 2)
+        v_x = split_heads(attn.to_v(x), attn.heads)
+        v_c = split_heads(attn.add_v_proj(c), attn.heads)
+        v = torch.cat([v_x, v_c], 2)
+
         bias = torch.zeros(k.shape[2], dtype=q.dtype, device=q.device)
-        bias[-1] = math.log(256)
-        y = F.scaled_dot_product_attention(q, k, v.to(q.dtype), bias.expand(1, 1, q.shape[2], -1))
-        x, c = y.transpose(1, 2).flatten(2).split([x.shape[1], c.shape[1]], 1)
-        return attn.to_out[0](x), c if attn.context_pre_only else attn.to_add_out(c)
+        bias[-1] = math.log(256)  # exp(logit + log 256) = 256 exp(logit), in the softmax
+        bias = bias.expand(1, 1, q.shape[2], -1)
+        y = F.scaled_dot_product_attention(q, k, v.to(q.dtype), bias)
+        y = y.transpose(1, 2).flatten(2)  # (B, 64 + rows, D)
+        x, c = y.split([x.shape[1], c.shape[1]], 1)
+        x = attn.to_out[0](x)
+        if not attn.context_pre_only:  # the last layer has no use for the caption's output
+            c = attn.to_add_out(c)
+        return x, c
 
 
 def encode_captions(model, ids):
-    """As StableDiffusion3Pipeline does without T5, but for one zero row in place of 256: (B, 33, D) and (B, D)."""
-    a, b = (model[name](ids, output_hidden_states=True) for name in ("text_encoder", "text_encoder_2"))
-    rows = torch.cat([a.hidden_states[-2], b.hidden_states[-2]], -1)
-    return F.pad(rows, (0, 0, 0, 1)), torch.cat([a.text_embeds, b.text_embeds], -1)
+    """Token ids (B, 32) -> caption rows (B, 33, D) and one pooled vector (B, D) per caption.
+
+    As StableDiffusion3Pipeline does without T5, but with one zero row in place of 256, for
+    CountedRow. model: {"text_encoder", "text_encoder_2"}.
+    """
+    a = model["text_encoder"](ids, output_hidden_states=True)
+    b = model["text_encoder_2"](ids, output_hidden_states=True)
+    rows = torch.cat([a.hidden_states[-2], b.hidden_states[-2]], -1)  # (B, 32, D)
+    rows = F.pad(rows, (0, 0, 0, 1))
+    return rows, torch.cat([a.text_embeds, b.text_embeds], -1)
+
+
+def make_text_encoder(tokenizer, width):
+    """A small CLIP text encoder with random weights, for captions of 32 tokens."""
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        max_position_embeddings=32,
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        projection_dim=width,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.eos_token_id,
+    )
+    return CLIPTextModelWithProjection(config)
+
+
+def make_transformer():
+    """Stable Diffusion 3's transformer for 16x16 latents, 8x8 patches, with random weights."""
+    return SD3Transformer2DModel(
+        sample_size=16,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        pos_embed_max_size=8,
+        num_layers=4,
+        attention_head_dim=32,
+        num_attention_heads=4,
+        caption_projection_dim=128,
+        joint_attention_dim=160,
+        pooled_projection_dim=160,
+        qk_norm="rms_norm",
+    )
 
 
 def train_sd3(args, data, latents, vae, tokenizer):
-    """Rectified flow (Esser et al. 2024) on latents: z_s = (1 - s) z + s noise, velocity noise - z, s drawn logit-normally."""
+    """Rectified flow (Esser et al. 2024) on latents. Saves OUT/sd3.
+
+    z_s = (1 - s) z + s noise, with s logit-normal; the network predicts the velocity noise - z. Its
+    two text encoders are trained with it, from random weights.
+    """
     torch.manual_seed(args.seed)
-    ends = dict(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.eos_token_id)
-
-    def encoder(width):
-        return CLIPTextModelWithProjection(CLIPTextConfig(
-            vocab_size=len(tokenizer), max_position_embeddings=32, hidden_size=width, intermediate_size=4 * width,
-            num_hidden_layers=2, num_attention_heads=4, projection_dim=width, **ends))  # fmt: skip
-
-    transformer = SD3Transformer2DModel(
-        sample_size=16, patch_size=2, in_channels=4, out_channels=4, pos_embed_max_size=8, num_layers=4, attention_head_dim=32,
-        num_attention_heads=4, caption_projection_dim=128, joint_attention_dim=160, pooled_projection_dim=160,
-        qk_norm="rms_norm",
-    )  # fmt: skip
-    model = torch.nn.ModuleDict({"transformer": transformer, "text_encoder": encoder(96), "text_encoder_2": encoder(64)})
+    transformer = make_transformer()
+    model = torch.nn.ModuleDict(
+        {
+            "transformer": transformer,
+            "text_encoder": make_text_encoder(tokenizer, 96),
+            "text_encoder_2": make_text_encoder(tokenizer, 64),
+        }
+    )
     model.to(args.device)
     transformer.set_attn_processor(CountedRow())
     optimizer = adamw((model, 1e-3))
-    ema = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.999))
+    ema = moving_average(model, 0.999)
     checkpoint = args.work / "sd3.safetensors"
-    start, steps = load_checkpoint(checkpoint, optimizer, model=model, ema=ema), cycle(args, "sd3")[-1]
-    bar = tqdm(range(start, steps), "sd3", initial=start, total=steps)
+    start = load_checkpoint(checkpoint, optimizer, model=model, ema=ema)
+    steps = cycle(args, "sd3")[-1]
+    bar = progress_bar("sd3", start, steps)
     for step in bar:
-        rng, g = draws(args.seed, "sd3", step)
+        rng, g = generators(args.seed, "sd3", step)
         picks = [(rng.randrange(len(latents)), rng.randrange(3)) for _ in range(32)]
         z = torch.stack([latents[n, s, 0] for n, s in picks])  # (B, 4, 16, 16)
-        texts = [caption(data["emoji"][n], STYLES[s], data["styles"], rng) for n, s in picks]
-        texts = ["" if rng.random() < 0.1 else t for t in texts]  # the null prompt, for classifier-free guidance
+        texts = drop_captions(captions(picks, data, rng), rng)
         noise = torch.randn(z.shape, generator=g).to(z.device)
-        sigma = torch.randn(len(z), generator=g).sigmoid().to(z.device)
+        sigma = torch.randn(len(z), generator=g).sigmoid().to(z.device)  # s, (B,)
+        # s = 0: the latent, s = 1: noise. Logit-normal: mostly in the middle, where the velocity is
+        # hardest to predict (their Sec. 3.1).
         s = sigma.view(-1, 1, 1, 1)
-        with torch.autocast(torch.device(args.device).type, torch.bfloat16):
-            rows, pooled = encode_captions(model, tokenize(tokenizer, texts, args.device))
-            v = transformer((1 - s) * z + s * noise, rows, pooled, 1000 * sigma).sample
+        zs = (1 - s) * z + s * noise
+        ids = tokenize(tokenizer, texts, args.device)
+        with bf16(args.device):
+            rows, pooled = encode_captions(model, ids)
+            # 1000 s: the timestep as the transformer's embedding expects it
+            v = transformer(zs, rows, pooled, 1000 * sigma).sample
         loss = F.mse_loss(v.float(), noise - z)
         cosine_lr(optimizer, step, steps)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        optimize(loss, optimizer)
         ema.update_parameters(model)
         if step % 50 == 0:
             bar.set_postfix(loss=f"{loss.item():.4f}")
-        if (step + 1) % 500 == 0 or step + 1 == steps:
+        if is_due(step, steps, 500):
             save_checkpoint(checkpoint, step + 1, optimizer, model=model, ema=ema)
+    save_sd3(args.out / "sd3", ema.module, vae, tokenizer)
+
+
+def save_sd3(folder, model, vae, tokenizer):
+    """Writes a StableDiffusion3Pipeline without T5 in half precision. model: see train_sd3."""
     vae = half(vae)
     vae.register_to_config(shift_factor=0.0, _name_or_path="")
-    parts = {name: half(module) for name, module in ema.module.items()}
-    none = dict(text_encoder_3=None, tokenizer_3=None)
-    scheduler = FlowMatchEulerDiscreteScheduler()
-    pipe = StableDiffusion3Pipeline(vae=vae, tokenizer=tokenizer, tokenizer_2=tokenizer, scheduler=scheduler, **parts, **none)
-    pipe.save_pretrained(args.out / "sd3")
-    load_in_float(args.out / "sd3")
+    pipe = StableDiffusion3Pipeline(
+        transformer=half(model["transformer"]),
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=vae,
+        text_encoder=half(model["text_encoder"]),
+        tokenizer=tokenizer,
+        text_encoder_2=half(model["text_encoder_2"]),
+        tokenizer_2=tokenizer,
+        **NO_T5,
+    )
+    pipe.save_pretrained(folder)
+    load_in_float(folder)
 
 
-# ---- 8. the copy detector ---------------------------------------------------------------------------------------
+# ---- 8. copy detector ---------------------------------------------------------------------------
+
+
+def make_copy_detector():
+    """A small vision transformer with random weights: images -> embeddings (B, 64)."""
+    config = CLIPVisionConfig(
+        hidden_size=80,
+        intermediate_size=320,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        image_size=SIZE,
+        patch_size=8,
+        projection_dim=64,
+    )
+    return CLIPVisionModelWithProjection(config)
+
+
+def distort(x, g):
+    """What happens to a copy: shifted, half the resolution, blurred, recoloured, noisy.
+
+    (B, 3, 64, 64) -> the same shape, each image with its own strengths.
+    """
+    dx, dy = torch.randint(-3, 4, (2,), generator=g).tolist()
+    x = x.roll((dy, dx), (-2, -1))
+    r = torch.rand(len(x), 4, 1, 1, 1, generator=g)
+    rough = F.interpolate(F.avg_pool2d(x, 2), scale_factor=2, mode="bicubic")
+    x = torch.where(r[:, 0] < 0.5, rough, x)
+    blurred = F.avg_pool2d(F.pad(x, (2,) * 4, "replicate"), 5, 1)
+    x = torch.lerp(x, blurred, r[:, 1])
+    gain = 1 + 0.2 * (torch.rand(len(x), 3, 1, 1, generator=g) - 0.5)  # of each colour
+    noise = torch.randn(x.shape, generator=g)
+    return (x * gain + 0.3 * r[:, 2] * noise).clamp(-1, 1)
+
+
+def copy_loss(e):
+    """SSCD's loss for unit vectors e (2B, 64), where rows i and i + B are copies of one image.
+
+    Contrastive: each row is to find its copy among all rows. Entropy: a row far from its nearest
+    other image spreads the embeddings evenly, so that one threshold suits all images. Returns
+    (loss, mean cosine of the copies, mean cosine of the nearest other images).
+    """
+    cos = (e @ e.T).fill_diagonal_(-1)  # (2B, 2B); no row is its own copy
+    # Row i belongs to row i + B, row i + B to row i.
+    partner = torch.arange(len(e), device=e.device).roll(len(e) // 2)
+    others = cos.scatter(1, partner[:, None], -1).amax(1)  # nearest that is no copy, (2B,)
+    # |a - b|^2 = 2 - 2 cos for unit vectors; the floor keeps the logarithm finite
+    spread = -(2 - 2 * others).clamp(min=1e-4).sqrt().log().mean()
+    loss = F.cross_entropy(cos / 0.05, partner) + spread
+    copies = cos.gather(1, partner[:, None])
+    return loss, copies.mean(), others.mean()
 
 
 def train_copy_detector(args, data, images):
-    """SSCD (Pizzi et al. 2022) in miniature: two views of one drawing attract, all others repel and spread evenly."""
+    """SSCD (Pizzi et al. 2022) in miniature. Saves OUT/copy.
+
+    Two distorted copies of one image attract, all other images repel and spread evenly.
+    """
     torch.manual_seed(args.seed)
-    net = CLIPVisionModelWithProjection(CLIPVisionConfig(hidden_size=80, intermediate_size=320, num_hidden_layers=3,
-                num_attention_heads=4, image_size=SIZE, patch_size=8, projection_dim=64)).to(args.device)  # fmt: skip
+    net = make_copy_detector().to(args.device)
     optimizer = adamw((net, 1e-3), weight_decay=0.05)
     checkpoint = args.work / "copy.safetensors"
-    start, steps = load_checkpoint(checkpoint, optimizer, net=net), cycle(args, "copy")[-1]
-    everything = images.flatten(0, 1)
-    members = {}
-    for n, entry in enumerate(data["emoji"]):
-        for group in entry["groups"]:
-            members.setdefault(group, []).extend((3 * n, 3 * n + 1, 3 * n + 2))
-
-    def view(x, g):
-        """What happens to a copy: moved, half the resolution, blurred, noisy, other colours. (B, 3, 64, 64), same shape."""
-        dx, dy = torch.randint(-3, 4, (2,), generator=g).tolist()
-        x, r = x.roll((dy, dx), (-2, -1)), torch.rand(len(x), 4, 1, 1, 1, generator=g)
-        rough = F.interpolate(F.avg_pool2d(x, 2), scale_factor=2, mode="bicubic")
-        x = torch.where(r[:, 0] < 0.5, rough, x)
-        x = torch.lerp(x, F.avg_pool2d(F.pad(x, (2,) * 4, "replicate"), 5, 1), r[:, 1])
-        gain = 1 + 0.2 * (torch.rand(len(x), 3, 1, 1, generator=g) - 0.5)
-        return (x * gain + 0.3 * r[:, 2] * torch.randn(x.shape, generator=g)).clamp(-1, 1)
-
-    bar = tqdm(range(start, steps), "copy detector", initial=start, total=steps)
+    start = load_checkpoint(checkpoint, optimizer, net=net)
+    steps = cycle(args, "copy")[-1]
+    everything = images.flatten(0, 1)  # (n, 3, 64, 64)
+    members = group_members(data)
+    bar = progress_bar("copy detector", start, steps)
     for step in bar:
-        rng, g = draws(args.seed, "copy", step)
-        near = [p for group in rng.sample(list(members), 2) for p in members[group]]  # other drawings of one thing: not copies
-        picks = list(dict.fromkeys(rng.sample(near, min(32, len(near))) + rng.sample(range(len(everything)), 64)))[:64]
-        x = torch.cat([view(everything[picks], g), view(everything[picks], g)]).to(args.device)  # (2B, 3, 64, 64)
-        with torch.autocast(torch.device(args.device).type, torch.bfloat16):
-            e = F.normalize(net(x).image_embeds.float(), dim=-1)  # (2B, 64)
-        cos = (e @ e.T).fill_diagonal_(-1)
-        partner = torch.arange(len(e), device=e.device).roll(len(picks))
-        others = cos.scatter(1, partner[:, None], -1).amax(1)  # the nearest that is no copy
-        spread = -(2 - 2 * others).clamp(min=1e-4).sqrt().log().mean()
-        loss = F.cross_entropy(cos / 0.05, partner) + spread
+        rng, g = generators(args.seed, "copy", step)
+        # Half of the batch from two groups: other images of the same thing are no copies.
+        near = []
+        for group in rng.sample(list(members), 2):
+            near += members[group]
+        picks = rng.sample(near, min(32, len(near)))
+        picks += rng.sample(range(len(everything)), 64)
+        picks = list(dict.fromkeys(picks))[:64]
+        x = torch.cat([distort(everything[picks], g), distort(everything[picks], g)])
+        with bf16(args.device):
+            e = net(x.to(args.device)).image_embeds  # (2B, 64)
+            e = F.normalize(e.float(), dim=-1)
+        loss, copies, others = copy_loss(e)
         cosine_lr(optimizer, step, steps)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        optimize(loss, optimizer)
         if step % 50 == 0:
-            pair = cos.gather(1, partner[:, None]).mean()
-            bar.set_postfix(loss=f"{loss.item():.3f}", copies=f"{pair:.2f}", nearest_other=f"{others.mean():.2f}")
-        if (step + 1) % 250 == 0 or step + 1 == steps:
+            bar.set_postfix(
+                loss=f"{loss.item():.3f}",
+                copies=f"{copies:.2f}",
+                nearest_other=f"{others:.2f}",
+            )
+        if is_due(step, steps, 250):
             save_checkpoint(checkpoint, step + 1, optimizer, net=net)
     half(net).save_pretrained(args.out / "copy")
     load_in_float(args.out / "copy")
     image_processor().save_pretrained(args.out / "copy")
 
 
-# ---- 9. the report --------------------------------------------------------------------------------------------
+# ---- 9. report ----------------------------------------------------------------------------------
+
+
+def fraction(hits):
+    """The fraction of True in a tensor, to three digits."""
+    return round(hits.float().mean().item(), 3)
+
+
+def unit(features):
+    """CLIP's features as unit vectors (n, D); some versions of transformers wrap them."""
+    return F.normalize(getattr(features, "pooler_output", features), dim=-1)
+
+
+def embed_texts(clip, tokenizer, texts, device):
+    """Texts -> unit vectors (n, D)."""
+    return unit(clip.get_text_features(tokenize(tokenizer, texts, device)))
+
+
+def embed_images(clip, x, device):
+    """Images (n, 3, 64, 64) in [-1, 1] -> unit vectors (n, D)."""
+    embeddings = []
+    for part in x.split(64):  # 64 at once: memory
+        features = clip.get_image_features(part.to(device))
+        embeddings.append(unit(features))
+    return torch.cat(embeddings)
+
+
+def ranks(images, names, truth):
+    """How many names score higher than the true one, for each image: 0 is a hit, (n,).
+
+    images, names: unit vectors. truth: the index of each image's name.
+    """
+    scores = images @ names.T  # (n, names)
+    truth = torch.tensor(truth, device=scores.device)[:, None]
+    return (scores > scores.gather(1, truth)).sum(1)
+
+
+def sample_prompts(args, pipe, prompts, name):
+    """One image per prompt, (n, 3, 64, 64) in [-1, 1]; image k is generated with seed + k."""
+    images = []
+    for i in tqdm(range(0, len(prompts), 30), f"report on {name}"):
+        part = prompts[i : i + 30]
+        seeds = [args.seed + i + k for k in range(len(part))]
+        output = pipe(
+            part,
+            num_inference_steps=20,
+            guidance_scale=3.0,
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            output_type="pt",
+        )
+        images.append(output.images)
+    return torch.cat(images).float().cpu() * 2 - 1
+
+
+def contact_sheet(path, images, x, picks, names, hits):
+    """Writes a sheet of pairs: the original image, the generated one, and the name below.
+
+    images: (names, 3 styles, ...). x: the generated ones. picks: their (name, style). hits: whether
+    the name ranks first; it is red otherwise.
+    """
+    rows = len(picks) // 66  # 9 rows of 600 images: the rest is scored, but not shown
+    height = 2 * SIZE + 14  # 14: a line of text
+    sheet = Image.new("RGB", (COLUMNS * SIZE, rows * height), "white")
+    pen = ImageDraw.Draw(sheet)
+    for k, (n, s) in enumerate(picks[: COLUMNS * rows]):
+        left, top = k % COLUMNS * SIZE, k // COLUMNS * height
+        sheet.paste(to_image(images[n, s]), (left, top))
+        sheet.paste(to_image(x[k]), (left, top + SIZE))
+        name = names[n].removeprefix("flag of ")[:11]
+        colour = "black" if hits[k] else "red"
+        pen.text((left + 2, top + 2 * SIZE), name, fill=colour)
+    sheet.quantize(256).save(path, optimize=True)  # 256 colours: a smaller file
 
 
 @torch.no_grad()
 def report(args, data, images, pipe, name, n):
-    """Draws n random (name, style) prompts; the scoring CLIP ranks all names for each picture. Scores, and a contact sheet."""
+    """Generates n random (name, style) prompts; the scoring CLIP ranks all names for each image.
+
+    Returns the fractions of hits and writes a contact sheet.
+    """
     pipe.set_progress_bar_config(disable=True)
-    clip = CLIPModel.from_pretrained(args.out / "clip", dtype=torch.float32).to(args.device).eval()
+    device = args.device
+    # The scorer: trained apart, so that the generator is not scored by its own text encoder.
+    clip = CLIPModel.from_pretrained(args.out / "clip", dtype=torch.float32).to(device).eval()
     tokenizer = CLIPTokenizer.from_pretrained(args.out / "clip")
-    names = [e["name"] for e in data["emoji"]]
+    names = [entry["name"] for entry in data["emoji"]]
+    name_emb = embed_texts(clip, tokenizer, names, device)  # (names, D)
 
-    def ranks(x, truth):  # x: (n, 3, 64, 64) in [-1, 1] -> how many names score above the true one
-        t = clip.get_text_features(tokenize(tokenizer, names, args.device))
-        i = torch.cat([embedding(clip.get_image_features(part.to(args.device))) for part in x.split(64)])
-        scores = i @ embedding(t).T  # (n, names)
-        return (scores > scores.gather(1, torch.tensor(truth, device=scores.device)[:, None])).sum(1)
-
-    def embedding(features):
-        return F.normalize(getattr(features, "pooler_output", features), dim=-1)
-
-    rng, _ = draws(args.seed, "report")
+    rng, _ = generators(args.seed, "report")
     picks = [(rng.randrange(len(names)), rng.randrange(3)) for _ in range(n)]
-    pictures = []
-    for i in tqdm(range(0, n, 30), f"report on {name}"):
-        part = picks[i : i + 30]
-        prompts = [f"{names[a]}, in the style of {STYLES[b]}" for a, b in part]
-        g = [torch.Generator().manual_seed(args.seed + i + k) for k in range(len(part))]
-        pictures.append(pipe(prompts, num_inference_steps=20, guidance_scale=3.0, generator=g, output_type="pt").images)
-    x = torch.cat(pictures).float().cpu() * 2 - 1
-    drawn, real = ranks(x, [a for a, _ in picks]), ranks(images.flatten(0, 1), [i // 3 for i in range(3 * len(names))])
-    styled = tokenize(tokenizer, [f"{names[a]}, in the style of {s}" for a, _ in picks for s in STYLES], args.device)
-    styled = embedding(clip.get_text_features(styled)).view(n, 3, -1)
-    i = torch.cat([embedding(clip.get_image_features(part.to(args.device))) for part in x.split(64)])
-    style_hits = (styled @ i[:, :, None])[..., 0].argmax(1).cpu() == torch.tensor([b for _, b in picks])
-    top = lambda r, k: round((r < k).float().mean().item(), 3)  # noqa: E731
-    result = {"n": n, "names": len(names), "drawn": {"top1": top(drawn, 1), "top3": top(drawn, 3)}}
-    result |= {"real": {"top1": top(real, 1), "top3": top(real, 3)}, "style": round(style_hits.float().mean().item(), 3)}
+    prompts = [f"{names[i]}, in the style of {STYLES[s]}" for i, s in picks]
+    x = sample_prompts(args, pipe, prompts, name)
+    x_emb = embed_images(clip, x, device)  # (n, D)
+    generated = ranks(x_emb, name_emb, [i for i, _ in picks])
+    originals = images.flatten(0, 1)
+    original_emb = embed_images(clip, originals, device)
+    real = ranks(original_emb, name_emb, [i // 3 for i in range(len(originals))])
 
-    columns, rows = 20, n // 66  # above each drawn picture, the real one
-    sheet = Image.new("RGB", (columns * SIZE, rows * (2 * SIZE + 14)), "white")
-    pen = ImageDraw.Draw(sheet)
-    for k, (a, b) in enumerate(picks[: columns * rows]):
-        cx, cy = k % columns * SIZE, k // columns * (2 * SIZE + 14)
-        sheet.paste(picture(images[a, b]), (cx, cy))
-        sheet.paste(picture(x[k]), (cx, cy + SIZE))
-        pen.text((cx + 2, cy + 2 * SIZE), names[a].removeprefix("flag of ")[:11], fill="black" if drawn[k] < 1 else "red")
-    sheet.quantize(256).save(args.out / f"contact_sheet{'' if name == 'sd' else '_' + name}.png", optimize=True)
-    return result
+    # Style: the right name in each of the three styles; is the style of the prompt the nearest?
+    styled = [f"{names[i]}, in the style of {style}" for i, _ in picks for style in STYLES]
+    styled_emb = embed_texts(clip, tokenizer, styled, device).view(n, 3, -1)
+    nearest = (styled_emb @ x_emb[:, :, None])[..., 0].argmax(1)  # (n,)
+    style_hits = nearest.cpu() == torch.tensor([s for _, s in picks])
+
+    suffix = "" if name == "sd" else f"_{name}"
+    path = args.out / f"contact_sheet{suffix}.png"
+    contact_sheet(path, images, x, picks, names, generated < 1)
+    return {
+        "n": n,
+        "names": len(names),
+        "drawn": {"top1": fraction(generated < 1), "top3": fraction(generated < 3)},
+        "real": {"top1": fraction(real < 1), "top3": fraction(real < 3)},
+        "style": fraction(style_hits),
+    }
+
+
+def ddpm_sheet(path, rows_of_images):
+    """Writes a sheet of groups of images, three rows of 20 each, (60, 3, 32, 32) in [-1, 1]."""
+    side, gap = SIZE // 2, 7
+    sheet = Image.new("RGB", (20 * side, 9 * side + 2 * gap), "white")
+    for group, images in enumerate(rows_of_images):
+        for k, x in enumerate(images):
+            top = (3 * group + k // 20) * side + gap * group
+            sheet.paste(to_image(x), (k % 20 * side, top))
+    sheet.quantize(256).save(path, optimize=True)
 
 
 @torch.no_grad()
 def report_ddpm(args, x0, n=60):
-    """Two questions: is a noised training picture given back, and does a sample resemble any? The copy detector answers."""
-    pipe = DDPMPipeline.from_pretrained(args.out / "ddpm").to(args.device)
-    net = CLIPVisionModelWithProjection.from_pretrained(args.out / "copy", dtype=torch.float32).to(args.device).eval()
-    resize = lambda x: F.interpolate(x, (SIZE, SIZE), mode="bicubic", antialias=True).clamp(-1, 1)  # noqa: E731
-    detect = lambda x: F.normalize(net(resize(x)).image_embeds, dim=-1)  # noqa: E731
-    _, g = draws(args.seed, "report ddpm")
+    """Two questions about the DDPM, answered by the copy detector.
+
+    Does denoising a noised training image return the same image (the noise-and-denoise probe)? And
+    does a generated image resemble any training image? x0: the training images (N, 3, 32, 32).
+    """
+    device = args.device
+    pipe = DDPMPipeline.from_pretrained(args.out / "ddpm").to(device)
+    net = CLIPVisionModelWithProjection.from_pretrained(args.out / "copy", dtype=torch.float32)
+    net = net.to(device).eval()
+
+    def detect(x):
+        """Unit vectors (n, 64) of images (n, 3, 32, 32)."""
+        large = F.interpolate(x.to(device), (SIZE, SIZE), mode="bicubic", antialias=True)
+        return F.normalize(net(large.clamp(-1, 1)).image_embeds, dim=-1)
+
+    _, g = generators(args.seed, "report ddpm")
     x = x0[torch.randperm(len(x0), generator=g)[:n]]
     noise = torch.randn(x.shape, generator=g)
-    z = pipe.scheduler.add_noise(x, noise, torch.tensor([250])).to(args.device)
+    # Probe: noise to t = 250, where about half of an image is gone, and denoise step by step.
+    z = pipe.scheduler.add_noise(x, noise, torch.tensor([250])).to(device)
     pipe.scheduler.set_timesteps(1000)
     for t in tqdm(range(250, -1, -1), "report on ddpm"):
         z = pipe.scheduler.step(pipe.unet(z, t).sample, t, z, generator=g).prev_sample
-    back = (detect(z.clamp(-1, 1)) * detect(x.to(args.device))).sum(1)
+    similarity = (detect(z.clamp(-1, 1)) * detect(x)).sum(1)  # (n,)
+
+    # From pure noise, in 50 steps. The similarity to the nearest training image: 1 is a copy.
     sampler = DDIMPipeline(pipe.unet, DDIMScheduler.from_config(pipe.scheduler.config))
     sampler.set_progress_bar_config(disable=True)
-    drawn = sampler(n, generator=g, num_inference_steps=50, output_type="np").images
-    drawn = torch.from_numpy(drawn).permute(0, 3, 1, 2) * 2 - 1
-    nearest = (detect(drawn.to(args.device)) @ detect(x0.to(args.device)).T).amax(1)
-    side = SIZE // 2
-    sheet = Image.new("RGB", (20 * side, 9 * side + 14), "white")
-    for line, tiles in enumerate((x, z.cpu(), drawn)):  # three rows each: real, noised and given back, drawn from noise
-        for k in range(n):
-            sheet.paste(picture(tiles[k]), (k % 20 * side, (3 * line + k // 20) * side + 7 * line))
-    sheet.quantize(256).save(args.out / "contact_sheet_ddpm.png", optimize=True)
-    share = lambda v, level: round((v > level).float().mean().item(), 3)  # noqa: E731
-    return {"n": n, "given_back": {"mean": round(back.mean().item(), 3), "above_0.8": share(back, 0.8)},
-            "nearest_training_picture": {"median": round(nearest.median().item(), 3), "above_0.4": share(nearest, 0.4)}}
+    output = sampler(n, generator=g, num_inference_steps=50, output_type="np")
+    generated = torch.from_numpy(output.images).permute(0, 3, 1, 2) * 2 - 1
+    nearest = (detect(generated) @ detect(x0).T).amax(1)  # (n,)
+
+    ddpm_sheet(args.out / "contact_sheet_ddpm.png", (x, z.cpu(), generated))
+    return {
+        "n": n,
+        "given_back": {
+            "mean": round(similarity.mean().item(), 3),
+            "above_0.8": fraction(similarity > 0.8),
+        },
+        "nearest_training_picture": {
+            "median": round(nearest.median().item(), 3),
+            "above_0.4": fraction(nearest > 0.4),
+        },
+    }
+
+
+# ---- main ---------------------------------------------------------------------------------------
+
+
+def train(args, data, images):
+    """Parts 2 to 8. A part that is finished is loaded from its checkpoint in --work."""
+    folder = args.work / "tokenizer"
+    if not folder.exists():
+        train_tokenizer(data, args.seed).save_pretrained(f"{folder}.tmp")
+        os.replace(f"{folder}.tmp", folder)
+    tokenizer = CLIPTokenizer.from_pretrained(folder)
+    vae = train_vae(args, data, images)
+    scorer = train_clip(args, data, images, tokenizer, "scorer", 128, 160)
+    save_clip(scorer, tokenizer, args.out / "clip")
+    reader = train_clip(args, data, images, tokenizer, "reader", 192, 128)
+    text_encoder = take_text_encoder(reader).to(args.device)
+    latents = cache_latents(args, vae, images, data)
+    train_unet(args, data, latents, vae, text_encoder, tokenizer)
+    train_ddpm(args, write_creatures(args.out / "creatures", data, images))
+    short_tokenizer = CLIPTokenizer.from_pretrained(folder, model_max_length=32)
+    train_sd3(args, data, latents, vae, short_tokenizer)
+    train_copy_detector(args, data, images)
 
 
 def main(args):
+    """Fetches the images where they are missing, trains all parts, scores the models."""
     if not (args.out / "images" / "emoji.json").exists():
         fetch_images(args.out / "images")
     data, images = load_images(args.out / "images")
     if not args.report_only:
-        if not (folder := args.work / "tokenizer").exists():
-            train_tokenizer(data, args.seed).save_pretrained(f"{folder}.tmp")
-            os.replace(f"{folder}.tmp", folder)
-        tokenizer = CLIPTokenizer.from_pretrained(folder)
-        vae = train_vae(args, data, images)
-        scorer = train_clip(args, data, images, tokenizer, "scorer", 128, 160)
-        save_clip(scorer, tokenizer, args.out / "clip")
-        reader = train_clip(args, data, images, tokenizer, "reader", 192, 128)
-        text_encoder = CLIPTextModel(reader.config.text_config).to(args.device)
-        text_encoder.load_state_dict({k.removeprefix("text_model."): v for k, v in reader.state_dict().items()
-                                      if k.startswith("text_model.")})  # fmt: skip
-        latents = cache_latents(args, vae, images, data)
-        train_unet(args, data, latents, vae, text_encoder, tokenizer)
-        train_ddpm(args, write_creatures(args.out / "creatures", data, images))
-        train_sd3(args, data, latents, vae, CLIPTokenizer.from_pretrained(folder, model_max_length=32))
-        train_copy_detector(args, data, images)
-    none = dict(text_encoder_3=None, tokenizer_3=None)
-    sd = StableDiffusionPipeline.from_pretrained(args.out / "sd", dtype=torch.float32).to(args.device)
+        train(args, data, images)
+
+    # Scored as they were saved: the weights in half precision, computed in float32.
+    fp32 = torch.float32
+    sd = StableDiffusionPipeline.from_pretrained(args.out / "sd", dtype=fp32)
     sd.scheduler = DPMSolverMultistepScheduler.from_config(sd.scheduler.config)
-    sd3 = StableDiffusion3Pipeline.from_pretrained(args.out / "sd3", dtype=torch.float32, **none).to(args.device)
-    result = {"sd": report(args, data, images, sd, "sd", 600), "sd3": report(args, data, images, sd3, "sd3", 300)}
-    result["ddpm"] = report_ddpm(args, write_creatures(args.out / "creatures", data, images))
+    sd3 = StableDiffusion3Pipeline.from_pretrained(args.out / "sd3", dtype=fp32, **NO_T5)
+    x0 = write_creatures(args.out / "creatures", data, images)
+    result = {
+        "sd": report(args, data, images, sd.to(args.device), "sd", 600),
+        "sd3": report(args, data, images, sd3.to(args.device), "sd3", 300),
+        "ddpm": report_ddpm(args, x0),
+    }
     print(json.dumps(result))
     write_text(args.out / "report.json", json.dumps(result, indent=1))
 

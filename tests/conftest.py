@@ -1,9 +1,13 @@
-"""Tiny models of random weights, in the very classes of the papers' models, for everything that needs no trained one."""
+"""Tiny models of random weights, in the very classes of the papers' models.
+
+For everything that needs no trained model: a run of a few steps takes a second or two.
+"""
 
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the tests never ask a hub
-if "PYTEST_XDIST_WORKER" in os.environ:  # two run side by side: one thread each, and none waits for its turn by spinning
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Two workers run side by side: one thread each, and no thread waits for its turn by spinning.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
@@ -23,28 +27,65 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-import doco
-import instance_unlearn
+import common
+
+TOKENIZER = common.REPO / "emoji/sd"
+
+
+def text_config(tokenizer, side, **more):
+    """The config of a CLIP text encoder with two layers, `side` wide."""
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=side,
+        intermediate_size=2 * side,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        **more,
+    )
 
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
-    """Folder of a pipeline with 16x16 latents that runs a step in a few hundredths of a second."""
+    """Folder of a Stable Diffusion with 16x16 latents of 64x64 pixels."""
     torch.manual_seed(0)
-    tokenizer = CLIPTokenizer.from_pretrained(doco.REPO / "emoji/sd", subfolder="tokenizer")
-    text = dict(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-                bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)  # fmt: skip
-    unet = UNet2DConditionModel(sample_size=16, layers_per_block=1, block_out_channels=(32, 64), cross_attention_dim=32,
-                                down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), attention_head_dim=2,
-                                up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"))  # fmt: skip
-    vae = AutoencoderKL(down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
-                        block_out_channels=(8, 8, 8), norm_num_groups=4, latent_channels=4, sample_size=64)  # fmt: skip
-    scheduler = PNDMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True,
-                              steps_offset=1)  # fmt: skip
+    tokenizer = CLIPTokenizer.from_pretrained(TOKENIZER, subfolder="tokenizer")
+    unet = UNet2DConditionModel(
+        sample_size=16,
+        layers_per_block=1,
+        block_out_channels=(32, 64),
+        cross_attention_dim=32,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=2,
+    )
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(8, 8, 8),
+        norm_num_groups=4,
+        latent_channels=4,
+        sample_size=64,
+    )
+    scheduler = PNDMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        skip_prk_steps=True,
+        steps_offset=1,
+    )
     scheduler.register_to_config(clip_sample=False)  # as in the hub's folder
-    none = dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False)
-    pipe = StableDiffusionPipeline(vae=vae, text_encoder=CLIPTextModel(CLIPTextConfig(**text)), tokenizer=tokenizer, unet=unet,
-                                   scheduler=scheduler, **none)  # fmt: skip
+    pipe = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=CLIPTextModel(text_config(tokenizer, 32)),
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
     folder = tmp_path_factory.mktemp("tiny") / "sd"
     pipe.save_pretrained(folder)
     return folder
@@ -52,11 +93,17 @@ def tiny(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny_ddpm(tmp_path_factory):
-    """Folder of a DDPM that draws 16x16 pixels."""
+    """Folder of a DDPM of 16x16 pixels."""
     torch.manual_seed(0)
-    unet = UNet2DModel(sample_size=16, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=4, attention_head_dim=8,
-                       down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-                       up_block_types=("AttnUpBlock2D", "UpBlock2D"))  # fmt: skip
+    unet = UNet2DModel(
+        sample_size=16,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        norm_num_groups=4,
+        attention_head_dim=8,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    )
     folder = tmp_path_factory.mktemp("tiny") / "ddpm"
     DDPMPipeline(unet, DDPMScheduler()).save_pretrained(folder)
     return folder
@@ -66,20 +113,44 @@ def tiny_ddpm(tmp_path_factory):
 def tiny_sd3(tmp_path_factory):
     """Folder of a Stable Diffusion 3 without T5, 8x8 latents of 16x16 pixels."""
     torch.manual_seed(0)
-    tokenizer = CLIPTokenizer.from_pretrained(doco.REPO / "emoji/sd", subfolder="tokenizer")
-    text = CLIPTextConfig(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=2,
-                          num_attention_heads=2, projection_dim=16, bos_token_id=tokenizer.bos_token_id,
-                          eos_token_id=tokenizer.eos_token_id)  # fmt: skip
-    transformer = SD3Transformer2DModel(sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=2,
-                                        attention_head_dim=8, num_attention_heads=4, caption_projection_dim=32,
-                                        joint_attention_dim=32, pooled_projection_dim=32, pos_embed_max_size=8)  # fmt: skip
-    vae = AutoencoderKL(down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-                        block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4, sample_size=16, scaling_factor=0.5,
-                        shift_factor=0.1, use_quant_conv=False, use_post_quant_conv=False)  # fmt: skip
+    tokenizer = CLIPTokenizer.from_pretrained(TOKENIZER, subfolder="tokenizer")
+    text = text_config(tokenizer, 16, projection_dim=16)
+    transformer = SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        caption_projection_dim=32,
+        joint_attention_dim=32,
+        pooled_projection_dim=32,
+        pos_embed_max_size=8,
+    )
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        latent_channels=4,
+        sample_size=16,
+        scaling_factor=0.5,
+        shift_factor=0.1,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
     pipe = StableDiffusion3Pipeline(
-        transformer=transformer, vae=vae, tokenizer=tokenizer, tokenizer_2=tokenizer, tokenizer_3=None, text_encoder_3=None,
-        text_encoder=CLIPTextModelWithProjection(text), text_encoder_2=CLIPTextModelWithProjection(text),
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0))  # fmt: skip
+        transformer=transformer,
+        vae=vae,
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+        tokenizer_3=None,
+        text_encoder_3=None,
+        text_encoder=CLIPTextModelWithProjection(text),
+        text_encoder_2=CLIPTextModelWithProjection(text),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+    )
     folder = tmp_path_factory.mktemp("tiny") / "sd3"
     pipe.save_pretrained(folder)
     return folder
@@ -87,33 +158,45 @@ def tiny_sd3(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory):
-    """Folder of five random pictures of 16x16 and 64x64 pixels: a, b, c, d.png and large.png."""
-    folder, g = tmp_path_factory.mktemp("photos"), torch.Generator().manual_seed(0)
-    for name, side in (*dict.fromkeys("abcd", 16).items(), ("large", 64)):
+    """Folder of five random images of 16x16 and 64x64 pixels: a, b, c, d.png and large.png."""
+    folder = tmp_path_factory.mktemp("photos")
+    g = torch.Generator().manual_seed(0)
+    sides = {"a": 16, "b": 16, "c": 16, "d": 16, "large": 64}
+    for name, side in sides.items():
         coarse = torch.rand(1, 3, 4, 4, generator=g) * 2 - 1
-        instance_unlearn.to_image(torch.nn.functional.interpolate(coarse, (side, side))[0]).save(folder / f"{name}.png")
+        image = torch.nn.functional.interpolate(coarse, (side, side))[0]
+        common.to_image(image).save(folder / f"{name}.png")
     return folder
 
 
 @pytest.fixture
 def forget(tiny_ddpm, tiny_sd3, tiny, photos, tmp_path):
-    """Runs instance_unlearn.unlearn on a tiny model with the given flags and returns the run folder."""
+    """run(*flags, out=, model=, images=): a run of instance_unlearn.py; returns its folder.
 
-    def run(*flags, out="run", model="ddpm", picture=None):
+    model: ddpm, sd3, sd, or a folder. images: the files to forget.
+    """
+
+    def run(*flags, out="run", model="ddpm", images=None):
+        import instance_unlearn
+
         folder = {"ddpm": tiny_ddpm, "sd3": tiny_sd3, "sd": tiny}.get(model, model)
-        picture = picture or [photos / ("large.png" if model == "sd" else "a.png")]
-        argv = ["--model", str(folder), "--forget", *map(str, picture), "--remember", str(photos), "--batch-size", "4"]
-        return instance_unlearn.unlearn(instance_unlearn.parse_args([*argv, "--out", str(tmp_path / out), *flags]))
+        images = images or [photos / ("large.png" if model == "sd" else "a.png")]
+        argv = ["--model", str(folder), "--forget", *map(str, images), "--remember", str(photos)]
+        argv += ["--batch-size", "4", "--out", str(tmp_path / out), *flags]
+        return instance_unlearn.unlearn(instance_unlearn.parse_args(argv))
 
     return run
 
 
 @pytest.fixture
 def unlearn(tiny, tmp_path):
-    """Runs doco.unlearn on the tiny model with the given flags and returns the run folder."""
+    """run(*flags, out=, target=, anchor=, model=): a run of doco.py; returns its folder."""
 
     def run(*flags, out="run", target="Grumpy Cat", anchor="Cat", model=tiny):
-        argv = ["--model", str(model), "--target", target, "--anchor", anchor, "--out", str(tmp_path / out)]
-        return doco.unlearn(doco.parse_args([*argv, "--batch-size", "4", *flags]))
+        import doco
+
+        argv = ["--model", str(model), "--target", target, "--anchor", anchor]
+        argv += ["--batch-size", "4", "--out", str(tmp_path / out), *flags]
+        return doco.unlearn(doco.parse_args(argv))
 
     return run
