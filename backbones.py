@@ -88,7 +88,7 @@ def sample_deterministic(predict, x, timesteps, prediction_type, alpha_bar, clip
         a_next, b_next = 1, 0  # after the last step: x_0 itself
         if i + 1 < len(timesteps):
             a_next, b_next = coefficients(timesteps[i + 1].view(1), alpha_bar)
-        # The noise that x0_hat implies is (x - a x0_hat) / b: the next x_t has as much of it as b_next
+        # The noise that x0_hat implies is (x - a x0_hat) / b; the next x has b_next of it
         x = a_next * x0_hat + b_next * (x - a * x0_hat) / b
     return x
 
@@ -218,6 +218,7 @@ class Backbone:
         """
 
         def guided(x, t):
+            """The prediction that classifier-free guidance makes of two (Ho and Salimans 2021)."""
             prediction = self.predict(x, t, condition)
             if null_condition is None:
                 return prediction
@@ -242,15 +243,19 @@ class DDPM(Backbone):
 
     @property
     def resolution_unit(self):
-        return 2 ** (len(self.net.config.block_out_channels) - 1)  # all blocks but one halve sides
+        """All blocks but the last halve the sides."""
+        return 2 ** (len(self.net.config.block_out_channels) - 1)
 
     def _condition(self, prompt, device):
+        """A DDPM is unconditional."""
         return {}
 
     def encode(self, images):
+        """Images (B, 3, H, W) in [-1, 1], on the device: a DDPM works in pixels."""
         return images.to(self.device)
 
     def decode(self, latents):
+        """The images themselves."""
         return latents
 
 
@@ -261,6 +266,7 @@ class StableDiffusion(Backbone):
     lora_targets = ("to_k", "to_q", "to_v", "to_out.0")
 
     def _condition(self, prompt, device):
+        """Embeddings of the prompt's tokens, (1, 77, D)."""
         return {"encoder_hidden_states": self.pipe.encode_prompt(prompt, device, 1, False)[0]}
 
     @torch.no_grad()
@@ -306,12 +312,14 @@ class StableDiffusion3(Backbone):
         self.has_t5 = pipe.text_encoder_3 is not None
 
     def _condition(self, prompt, device):
+        """Embeddings of the tokens (1, L, D) by all text encoders, and CLIP's pooled (1, P)."""
         rows, _, pooled, _ = self.pipe.encode_prompt(
             prompt, None, None, device=device, do_classifier_free_guidance=False
         )
         return {"encoder_hidden_states": rows, "pooled_projections": pooled}
 
     def timesteps(self, steps):
+        """The scheduler's own, shifted towards noise; floats (steps,), from 1000."""
         self.pipe.scheduler.set_timesteps(steps)
         return self.pipe.scheduler.timesteps.to(self.device)
 

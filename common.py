@@ -77,6 +77,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     """--help: the module's docstring as it stands, and the default of each flag that has one."""
 
     def _get_help_string(self, action):
+        """The help of a flag, with its default."""
         if action.default is None or action.default is False:
             return action.help  # a help text says itself what happens without the flag
         return super()._get_help_string(action)
@@ -479,6 +480,7 @@ def read_cache(path, name, key, processes):
     if processes.rank == 0 and path.exists():
 
         def read():
+            """The tensor, or None if it was made from other inputs."""
             with safe_open(path, "pt") as f:
                 same = (f.metadata() or {}).get("key") == key
                 return f.get_tensor(name) if same else None
@@ -518,7 +520,8 @@ def to_image(x):
     """(3, H, W) in [-1, 1] -> PIL RGB."""
     x = ((x.clamp(-1, 1) + 1) * 127.5).round().byte()
     x = x.permute(1, 2, 0).contiguous().cpu()  # (H, W, 3)
-    return Image.frombytes("RGB", (x.shape[1], x.shape[0]), bytes(x.flatten().tolist()))
+    height, width, _ = x.shape
+    return Image.frombytes("RGB", (width, height), bytes(x.flatten().tolist()))
 
 
 def open_image(path, flag, about=None):

@@ -77,11 +77,11 @@ def posterior_sample(xt, eps, alpha_bar_t, alpha_bar_prev, noise):
     stride of 1, its gradient with respect to eps is 80 to 1,200 times smaller than x0_hat's: one
     step of 1000 moves x_t very little. This is what the paper shows D.
     """
-    alpha = alpha_bar_t / alpha_bar_prev  # (B, 1, 1, 1)
-    x0_hat = x0_from_eps(xt, eps, alpha_bar_t)
+    alpha = alpha_bar_t / alpha_bar_prev  # (B, 1, 1, 1), of the skipped steps together
+    x0_hat = x0_from_eps(xt, eps, alpha_bar_t)  # (B, 4, h, w)
     weighted_x0 = alpha_bar_prev.sqrt() * (1 - alpha) * x0_hat
     mean = weighted_x0 + alpha.sqrt() * (1 - alpha_bar_prev) * xt
-    variance = (1 - alpha_bar_prev) / (1 - alpha_bar_t) * (1 - alpha)
+    variance = (1 - alpha_bar_prev) / (1 - alpha_bar_t) * (1 - alpha)  # (B, 1, 1, 1)
     return mean / (1 - alpha_bar_t) + variance.sqrt() * noise
 
 
@@ -148,30 +148,33 @@ def doco_step(
     # Eq. 9: L_r = |eps - M(x_t, anchor)|^2. This pass comes first: flat_grad frees its graph before
     # the graph of the next pass is built, so that the memory holds one of them, never both.
     if train_model and retain != "none":
-        xt_r = add_noise(batch_r.x0, batch_r.noise, alpha_bar[batch_r.t].view(-1, 1, 1, 1))
-        loss_r = F.mse_loss(predict(xt_r, batch_r.t, batch_r.anchor), batch_r.noise)
-        g_r = flat_grad(loss_r, params)  # (n,)
+        alpha_bar_r = alpha_bar[batch_r.t].view(-1, 1, 1, 1)
+        xt_r = add_noise(batch_r.x0, batch_r.noise, alpha_bar_r)  # (B, 4, h, w), Eq. 1
+        eps_r = predict(xt_r, batch_r.t, batch_r.anchor)  # (B, 4, h, w)
+        loss_r = F.mse_loss(eps_r, batch_r.noise)  # 0-dim
+        g_r = flat_grad(loss_r, params)  # (n,), the mean over the ranks
         stats["loss_r"] = loss_r
 
     # Eq. 1: x_t, from an image of the anchor. Eq. 8 of the paper takes the second expectation over
     # images of the target; its code uses anchor images for both, and so do we: no image of what is
     # to be unlearned is needed.
-    xt = add_noise(batch_f.x0, batch_f.noise, alpha_bar[batch_f.t].view(-1, 1, 1, 1))
+    alpha_bar_t = alpha_bar[batch_f.t].view(-1, 1, 1, 1)
+    xt = add_noise(batch_f.x0, batch_f.noise, alpha_bar_t)  # (B, 4, h, w)
 
     # Eq. 5: two predictions at the same x_t, the original model's for the anchor and the trained
     # model's for the target. Whatever D finds to tell them apart comes from the prompt.
     view = (batch_f.t, alpha_bar, stride, batch_f.posterior_noise)
     with torch.no_grad():
-        eps_anchor = predict_original(xt, batch_f.t, batch_f.anchor)
+        eps_anchor = predict_original(xt, batch_f.t, batch_f.anchor)  # (B, 4, h, w)
         view_anchor = discriminator_input(disc_input, xt, eps_anchor, *view)  # (B, 4, h, w)
     with torch.set_grad_enabled(train_model):
-        eps_target = predict(xt, batch_f.t, batch_f.target)
+        eps_target = predict(xt, batch_f.t, batch_f.target)  # (B, 4, h, w)
         view_target = discriminator_input(disc_input, xt, eps_target, *view)  # (B, 4, h, w)
 
     if train_model:
         # Eq. 8, the model's half: L_u = -log D(v*). flat_grad goes through D to the weights of M
         # and leaves D alone. In the released code this gradient stays on D, and enters its step.
-        loss_u = loss_unlearn(disc(view_target))
+        loss_u = loss_unlearn(disc(view_target))  # 0-dim
         g_u = flat_grad(loss_u, params)  # (n,)
         g = g_u
         stats["loss_u"] = loss_u
@@ -188,9 +191,10 @@ def doco_step(
 
     # Eq. 8, D's half: L_D = -log D(v) - log(1 - D(v*)), on the inputs that M was trained with. By
     # flat_grad and not backward(), because it averages over the ranks.
-    logits_anchor, logits_target = disc(view_anchor), disc(view_target.detach())
-    loss_d = loss_discriminator(logits_anchor, logits_target)
-    g_d = flat_grad(loss_d, disc.parameters())
+    logits_anchor = disc(view_anchor)  # (B, 1, 2, 2)
+    logits_target = disc(view_target.detach())  # (B, 1, 2, 2)
+    loss_d = loss_discriminator(logits_anchor, logits_target)  # 0-dim
+    g_d = flat_grad(loss_d, disc.parameters())  # (number of D's weights,)
     hits = (logits_anchor > 0).float().mean() + (logits_target < 0).float().mean()
     stats |= {"loss_d": loss_d, "disc_acc": hits / 2}  # accuracy 0.5: M fools D
     return DocoUpdate(g, g_d, g_r, {name: value.detach() for name, value in stats.items()})
@@ -260,9 +264,11 @@ def train(backbone, trained, latents, pairs, conditions, args, run, processes):
     optimizer = torch.optim.AdamW(params, lr=args.lr, weight_decay=1e-2, fused=True)
     opt_disc = torch.optim.Adam(disc.parameters(), lr=args.disc_lr, betas=(0.5, 0.999), fused=True)
 
-    state = {f"unet/{n}": p for n, p in trained.items()}
-    state |= {f"disc/{n}": t for n, t in disc.state_dict().items()}
-    start, log = common.resume(run, state, (optimizer, opt_disc))
+    # All that a checkpoint holds: no RNG state, for all randomness derives from (seed, step).
+    tensors = {f"unet/{n}": p for n, p in trained.items()}
+    tensors |= {f"disc/{n}": t for n, t in disc.state_dict().items()}
+    state = (tensors, (optimizer, opt_disc))
+    start, log = common.resume(run, *state)
 
     def predict_original(xt, t, condition):
         """M_init: the same network, with its original weights for this one pass."""
@@ -317,11 +323,8 @@ def train(backbone, trained, latents, pairs, conditions, args, run, processes):
                 conflicts = []
                 shown = ("loss_d", "disc_acc", "loss_u", "cos")
                 progress.set_postfix({k: f"{log[-1][k]:.3f}" for k in shown if k in log[-1]})
-                checkpoint = (state, (optimizer, opt_disc))
-                every = 10 * max(1, args.steps // 200)
-                common.save_progress(
-                    run, log, step + 1, checkpoint, every, stop_requested, processes
-                )
+                every = 10 * max(1, args.steps // 200)  # steps between checkpoints
+                common.save_progress(run, log, step + 1, state, every, stop_requested, processes)
 
 
 def sample_batches(step, latents, pairs, conditions, alpha_bar, args, processes):
@@ -336,8 +339,8 @@ def sample_batches(step, latents, pairs, conditions, alpha_bar, args, processes)
 
     # Two independent batches: what D sees, and what is to be retained. In the released code the
     # second is the first one's images with other noise.
-    idx, idx_r = torch.randint(len(latents), (2, n), generator=g)[:, rows].tolist()
-    t, t_r = torch.randint(len(alpha_bar), (2, n), generator=g)[:, rows].to(device)
+    idx, idx_r = torch.randint(len(latents), (2, n), generator=g)[:, rows].tolist()  # [B] each
+    t, t_r = torch.randint(len(alpha_bar), (2, n), generator=g)[:, rows].to(device)  # (B,) each
     noises = torch.randn(3, n, *latents.shape[1:], generator=g)[:, rows].to(device)
     noise, noise_r, posterior_noise = noises  # (B, 4, h, w) each
 
@@ -345,7 +348,7 @@ def sample_batches(step, latents, pairs, conditions, alpha_bar, args, processes)
     # (three for a style), they take turns from step to step.
     entries = [pairs[j % len(pairs)] for j in idx]
     entries_r = [pairs[j % len(pairs)] for j in idx_r]
-    anchor = stack_conditions([conditions[prompt] for prompt, _ in entries])
+    anchor = stack_conditions([conditions[prompt] for prompt, _ in entries])  # (B, L, D)
     anchor_r = stack_conditions([conditions[prompt] for prompt, _ in entries_r])
     target_prompts = [variants[step % len(variants)] for _, variants in entries]
     target = stack_conditions([conditions[prompt] for prompt in target_prompts])
@@ -387,7 +390,7 @@ OBJECT_PROMPTS = (
     "a cute {}",
     "{} on a white background",
 )
-# A style is learned by what it is applied to: "an emoji of a cat" -> "a cat, in the style of twemoji"
+# What a style is applied to: "an emoji of a cat" becomes "a cat, in the style of twemoji".
 STYLE_SUBJECTS = (
     "cat dog bird fish horse tiger rabbit frog butterfly rose sunflower house "
     "car pizza banana apple face bear tree strawberry ghost owl"
@@ -422,7 +425,7 @@ def prompt_pairs(targets, anchors, concept_type="object", prompts=None, emoji=Fa
         else:
             one_anchor = len(set(anchors)) == 1  # then every line of --prompts must contain it
             per_target.append(object_pairs(target, anchor, lines, emoji, one_anchor))
-    # First pair of each target, second pair of each, ...; zip_longest fills shorter lists with None.
+    # The first pair of each target, then the second of each, ...; zip_longest pads with None.
     return [pair for turn in zip_longest(*per_target) for pair in turn if pair]
 
 

@@ -22,8 +22,8 @@ All of it is instance_step() below. Several images are unlearned one after anoth
     sqrt(a_t),             a, b                      lambda(t), beta           lam_t, beta
       sqrt(1 - a_t)                                  g_f, g_r, g               g_f, g_r, g
 
-Flow matching (Stable Diffusion 3) is the same idea: x_t = (1 - s) x_0 + s eps with s = t / 1000, and
-M predicts the velocity eps - x_0. Keep x_t^f; the noise that leads to it from the surrogate is
+Flow matching (Stable Diffusion 3) is the same idea: x_t = (1 - s) x_0 + s eps, s = t / 1000, and M
+predicts the velocity eps - x_0. Keep x_t^f; the noise that leads to it from the surrogate is
 eps' = (x_t^f - (1 - s) x^s) / s, Eq. 10 with other coefficients. Its velocity eps' - x^s equals
 (x_t^f - x^s) / s: a model that follows it for the time s arrives at the surrogate.
 
@@ -104,7 +104,7 @@ def sample_timesteps(n, generator, shift=None, stratified=False):
     velocity towards the surrogate grows as 1 / s; with uniform times, one sample near s = 0 would
     outweigh all others.
     """
-    u = torch.rand(n, generator=generator)
+    u = torch.rand(n, generator=generator)  # (n,), uniform on [0, 1): a quantile of each sample
     if stratified:
         u = (torch.arange(n) + u) / n  # sample i lies in [i / n, (i + 1) / n)
     if shift is None:
@@ -142,8 +142,8 @@ def instance_step(
     """
     # Eq. 8 and 12: g_r. flat_grad frees this graph before the next one is built, so that the memory
     # holds one of them, never both.
-    xt_r = a * x_r + b * noise  # Eq. 1
-    target_r = prediction_target(prediction_type, x_r, noise, a, b)
+    xt_r = a * x_r + b * noise  # (B, C, h, w), Eq. 1
+    target_r = prediction_target(prediction_type, x_r, noise, a, b)  # (B, C, h, w)
     error_r = mse_per_sample(predict(xt_r, t), target_r)  # (B,)
     g_r = flat_grad((lam_t * error_r).mean(), params)  # (n,)
 
@@ -151,9 +151,9 @@ def instance_step(
     for x_f, x_s in forget:
         # Eq. 10 and 11: the input is the noisy image itself, only the regression target is the
         # surrogate's. So the model is corrected exactly where sampling would arrive at x_f.
-        xt_f = a * x_f + b * noise  # Eq. 1, the noise and the timestep of x_r
-        noise_s = surrogate_noise(xt_f, x_s, a, b)  # Eq. 10
-        target_f = prediction_target(prediction_type, x_s, noise_s, a, b)
+        xt_f = a * x_f + b * noise  # (B, C, h, w), Eq. 1 with the noise and the timesteps of x_r
+        noise_s = surrogate_noise(xt_f, x_s, a, b)  # (B, C, h, w), eps' of Eq. 10
+        target_f = prediction_target(prediction_type, x_s, noise_s, a, b)  # (B, C, h, w)
         error_f = mse_per_sample(predict(xt_f, t), target_f)  # (B,), Eq. 11
         g_f = g_f + flat_grad(((1 - lam_t) * error_f).mean(), params)  # (n,), Eq. 12
 
@@ -174,11 +174,14 @@ def train(backbone, trained, x_f, x_s, remember_batch, n_remember, condition, ar
     condition: the prompt's, of one row. Resumes a run that has a checkpoint.
     """
     params = list(trained.values())
+    # Algorithm 1 names Adam; without weight decay, AdamW is the same.
     optimizer = torch.optim.AdamW(params, lr=args.lr, weight_decay=0, fused=True)
-    state = {f"net/{n}": p for n, p in trained.items()}
-    start, log = common.resume(run, state, (optimizer,))
+    # All that a checkpoint holds: no RNG state, for all randomness derives from (seed, step).
+    state = ({f"net/{n}": p for n, p in trained.items()}, (optimizer,))
+    start, log = common.resume(run, *state)
 
     def predict(xt, t):
+        """M, conditioned on the prompt of the images to forget."""
         return backbone.predict(xt, t, condition)
 
     total = args.steps * len(x_f)
@@ -191,6 +194,8 @@ def train(backbone, trained, x_f, x_s, remember_batch, n_remember, condition, ar
             a, b = coefficients(t, backbone.alpha_bar)  # (B, 1, 1, 1)
 
             x_r = remember_batch(idx_r)  # (B, C, h, w)
+            # "random" surrogates are other images to remember, new ones in every step (ours† of the
+            # paper); they are read only if asked for.
             random = remember_batch(idx_s) if any(x is None for x in x_s) else None
             forget = forget_pairs(step, current, x_f, x_s, random, args.batch_size, processes)
             g, stats = instance_step(
@@ -225,11 +230,8 @@ def train(backbone, trained, x_f, x_s, remember_batch, n_remember, condition, ar
                 recent = []
                 shown = ("loss_r", "loss_f", "cos")
                 progress.set_postfix({key: f"{log[-1][key]:.3f}" for key in shown})
-                every = 10 * max(1, total // 200)
-                checkpoint = (state, (optimizer,))
-                common.save_progress(
-                    run, log, step + 1, checkpoint, every, stop_requested, processes
-                )
+                every = 10 * max(1, total // 200)  # steps between checkpoints
+                common.save_progress(run, log, step + 1, state, every, stop_requested, processes)
 
 
 def sample_batch(step, n_remember, x_f, backbone, args, processes):
@@ -242,10 +244,10 @@ def sample_batch(step, n_remember, x_f, backbone, args, processes):
     n, device = args.batch_size, processes.device
     rows = common.local_slice(n, processes)
     g = common.generator(args.seed, "instance_steps", step)
-    idx_r, idx_s = torch.randint(n_remember, (2, n), generator=g)[:, rows].tolist()
+    idx_r, idx_s = torch.randint(n_remember, (2, n), generator=g)[:, rows].tolist()  # [B] each
     stratified = args.timestep_sampling == "stratified"
-    t = sample_timesteps(n, g, backbone.shift, stratified)[rows].to(device)
-    noise = torch.randn(n, *x_f.shape[1:], generator=g)[rows].to(device)
+    t = sample_timesteps(n, g, backbone.shift, stratified)[rows].to(device)  # (B,)
+    noise = torch.randn(n, *x_f.shape[1:], generator=g)[rows].to(device)  # (B, C, h, w)
     return idx_r, idx_s, t, noise
 
 
@@ -257,8 +259,10 @@ def forget_pairs(step, current, x_f, x_s, random, batch_size, processes):
     surrogates of this step where x_s has None.
     """
     rows = common.local_slice(batch_size, processes)
-    batches = [[current] * batch_size]  # a list of the image of each row
-    if current > 0:
+    batches = [[current] * batch_size]  # for each pair, which image each row of it shows
+    if (
+        current > 0
+    ):  # step + j: over the steps, every earlier image has its turn at every noise level
         batches.insert(0, [j % current for j in range(step, step + batch_size)])
     pairs = []
     for forget_idx in (batch[rows] for batch in batches):
@@ -279,21 +283,22 @@ def forget_pairs(step, current, x_f, x_s, random, batch_size, processes):
 KINDS = ("sdedit", "flip", "noise", "random")
 
 
-def make_surrogate(kind, x, k, backbone, condition, null_condition, timesteps, preset, args):
+def make_surrogate(kind, x, k, backbone, sample, timesteps, condition, args):
     """The surrogate (C, h, w) of the image x (C, h, w), number k; None for "random".
 
-    kind: one of KINDS, or a file. condition: that of --surrogate-prompt.
+    kind: one of KINDS, or a file. sample, timesteps: see generate_samples; condition: that of
+    --surrogate-prompt.
     """
     if kind == "random":
         return None
     x, g = x[None], common.generator(args.seed, "surrogates", k)
     if kind == "sdedit":
+        # From --strength on: what is coarser than that noise stays as it is in the image.
         late = timesteps[timesteps <= 1000 * args.strength]
         a, b = coefficients(late[:1], backbone.alpha_bar)
-        noisy = a * x + b * torch.randn(x.shape, generator=g).to(x.device)
-        guidance = preset.get("guidance")
-        return backbone.sample(noisy, late, condition, null_condition, guidance)[0]
-    if kind == "flip":
+        noisy = a * x + b * torch.randn(x.shape, generator=g).to(x.device)  # Eq. 1
+        return sample(noisy, late, condition)[0]
+    if kind == "flip":  # in pixels: the latents of a mirror image are not the mirrored latents
         return backbone.encode(backbone.decode(x).flip(-1))[0]
     if kind == "noise":  # not clipped to what an image file could hold
         image = backbone.decode(x)
@@ -310,11 +315,11 @@ def make_surrogate(kind, x, k, backbone, condition, null_condition, timesteps, p
 def drop_near_duplicates(samples, x_f, reference, floor=0):
     """samples (N, C, h, w) without those that show an image to forget, x_f (K, C, h, w).
 
-    A near-duplicate is nearer than 0.6 times the usual distance: the upper quartile of the distances
-    from x_f to the reference (M, C, h, w). 0.6 separates copies from other samples on the embedded
-    models. The reference is made of samples of the empty prompt: with the samples themselves, the
-    threshold would fall with every copy among them. A DDPM takes no prompt, its reference is the
-    samples; floor keeps its threshold up.
+    A near-duplicate is nearer to x_f than 0.6 times the usual distance: the upper quartile of the
+    distances from x_f to the reference (M, C, h, w). 0.6 separates copies from other samples of the
+    embedded models. The reference is made of samples of the empty prompt: with the samples
+    themselves, the threshold would fall with every copy among them. A DDPM takes no prompt, and its
+    reference is the samples; there, floor keeps the threshold up.
     """
     usual = torch.cdist(reference.flatten(1), x_f.flatten(1)).quantile(0.75, dim=0)  # (K,)
     distance = torch.cdist(samples.flatten(1), x_f.flatten(1))  # (N, K)
@@ -349,7 +354,8 @@ def drop_forget_files(files, forget, size):
     """
     thumbnails = F.interpolate(forget, (16, 16), mode="area")
 
-    def distance(image, images):  # root mean square, to the nearest
+    def distance(image, images):
+        """Root mean square difference of an image and the nearest of the images."""
         return (image - images).square().mean((1, 2, 3)).sqrt().min()
 
     left = []
@@ -361,55 +367,46 @@ def drop_forget_files(files, forget, size):
     return left
 
 
-def generate_samples(sample, n, shape, purpose, label, seed, processes):
-    """n samples of the model (n, *shape), each from its own seed; the ranks share the work.
+def generate_samples(sample, timesteps, condition, n, shape, purpose, seed, processes):
+    """n samples of the original model (n, *shape), each from its own seed; the ranks share them.
 
-    sample: noise (m, *shape) -> samples. purpose: see common.SEED_OFFSETS.
+    sample: (noise (m, *shape), timesteps, condition) -> samples. purpose: a key of
+    common.SEED_OFFSETS, so that no two sets of samples begin with the same noise.
     """
     samples = torch.zeros(n, *shape, device=processes.device)
     chunks = [range(i, min(i + 16, n)) for i in range(0, n, 16)]
     mine = chunks[processes.rank :: processes.world]
-    for chunk in tqdm(mine, label, disable=processes.rank > 0):
+    for chunk in tqdm(mine, f"{n} {purpose.replace('_', ' ')}", disable=processes.rank > 0):
         generators = [common.generator(seed, purpose, j) for j in chunk]
-        noise = torch.stack([torch.randn(shape, generator=g) for g in generators])
-        samples[list(chunk)] = sample(noise.to(processes.device))
+        noise = torch.stack([torch.randn(shape, generator=g) for g in generators])  # (m, C, h, w)
+        samples[list(chunk)] = sample(noise.to(processes.device), timesteps, condition)
     if processes.world > 1:
         dist.all_reduce(samples)  # a sum: each rank has filled its own rows
     return samples
 
 
-def generated_remember_set(
-    backbone, x_f, conditions, timesteps, preset, args, contents, run, processes
-):
-    """Samples of the model for --remember generated, (N, C, h, w), without near-duplicates of x_f."""
+def generated_remember_set(sample, x_f, conditions, timesteps, args, contents, run, processes):
+    """Samples for --remember generated, (N, C, h, w), without near-duplicates of x_f.
+
+    conditions: {prompt: condition}; the model takes a prompt if they are not empty. A cache in OUT
+    serves a run that is resumed.
+    """
     n, shape = args.num_remember, x_f.shape[1:]
+    takes_prompt = bool(conditions[""])
     cache = run.out / "remember.safetensors"
-    key = common.fingerprint(contents["--model"], args.prompt, args.seed, n, x_f.shape, preset)
+    key = common.fingerprint(contents["--model"], args.prompt, args.seed, n, shape, timesteps)
     samples = common.read_cache(cache, "remember", key, processes)
-    null, guidance = conditions[""], preset.get("guidance")
-
     if samples is None:
-
-        def sample(noise, condition):
-            null_condition = null if backbone.takes_prompt else None
-            return backbone.sample(noise, timesteps, condition, null_condition, guidance)
-
-        condition = conditions[args.prompt or ""]
-        samples = generate_samples(
-            lambda noise: sample(noise, condition),
-            *(n, shape, "samples", f"{n} images to remember", args.seed, processes),
-        )
-        if backbone.takes_prompt:  # 16 more, the reference of drop_near_duplicates
-            reference = generate_samples(
-                lambda noise: sample(noise, null),
-                *(16, shape, "unconditional_samples", "16 of the empty prompt"),
-                *(args.seed, processes),
-            )
+        how = (shape, "samples", args.seed, processes)
+        samples = generate_samples(sample, timesteps, conditions[args.prompt or ""], n, *how)
+        if takes_prompt:  # 16 more of the empty prompt: the reference of drop_near_duplicates
+            how = (shape, "unconditional_samples", args.seed, processes)
+            reference = generate_samples(sample, timesteps, conditions[""], 16, *how)
             samples = torch.cat([samples, reference])
         if processes.rank == 0:
             common.atomic_save(cache, {"remember": samples}, metadata={"key": key})
 
-    if backbone.takes_prompt:
+    if takes_prompt:
         left = drop_near_duplicates(samples[:n], x_f, samples[n:])
     else:
         # A root mean square difference of 0.15, of [-1, 1], is a copy whatever else is sampled.
@@ -426,14 +423,16 @@ def generated_remember_set(
 PAPER_DDPM = {"steps": 240, "lr": 5e-6, "beta": 5e-5, "sampling_steps": 50}
 PAPER_LORA = {"steps": 100, "lr": 1e-5, "beta": 2e-4, "sampling_steps": 28, "guidance": 7.0}
 # For small models (DDPMs of 64 pixels or less, latents below 32x32) such as emoji/ddpm, emoji/sd3:
-# higher learning rates, chosen on the first images in the README.
+# higher learning rates, chosen on the cowboy (DDPM) and the black cat (LoRA).
 SMALL_DDPM = {"steps": 240, "lr": 6e-5, "beta": 5e-5, "sampling_steps": 50}
 SMALL_LORA = {"steps": 100, "lr": 1e-3, "beta": 2e-4, "sampling_steps": 15, "guidance": 4.0}
 # Two remedies for the noise of their gradients, neither in the paper. All baselines have them too.
 PAPER_REMEDIES = {"lr_scheduler": "constant", "timestep_sampling": "uniform"}
 SMALL_REMEDIES = {"lr_scheduler": "linear", "timestep_sampling": "stratified"}
 
-EMOJI_DDPM = common.REPO / "emoji/ddpm"  # the default model; what it forgets and remembers:
+# The default model, the image that it forgets, and those that it remembers: emoji with a face, all
+# of which it was trained on.
+EMOJI_DDPM = common.REPO / "emoji/ddpm"
 EMOJI_FORGET = common.REPO / "emoji/creatures/twemoji-cowboy-hat-face.png"
 EMOJI_REMEMBER = common.REPO / "emoji/creatures"
 
@@ -442,9 +441,7 @@ def parse_args(argv=None):
     """The command line. Defaults that depend on the model are filled in by fill_defaults."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=common.HelpFormatter)
     add = parser.add_argument_group("images").add_argument
-    help_text = (
-        "image to unlearn; several: one after another (without it: the cowboy of emoji/ddpm)"
-    )
+    help_text = "image to unlearn; several: one after another (without it: emoji/ddpm's cowboy)"
     add("--forget", nargs="+", type=Path, help=help_text)
     add("--prompt", help="prompt that generates it (without it: the empty one)")
     help_text = "an edited image file, sdedit, flip, noise or random; one for all, or one per image"
@@ -454,9 +451,7 @@ def parse_args(argv=None):
     help_text = "of --surrogate noise: standard deviation, of 255"
     add("--noise-sigma", type=float, default=150.0, help=help_text)
     add("--surrogate-prompt", help="prompt of --surrogate sdedit (without it: --prompt)")
-    help_text = (
-        "folder of images to remember, or generated (without it: generated; emoji/ddpm: its own)"
-    )
+    help_text = "folder of images, or generated (without it: generated; emoji/ddpm: its own)"
     add("--remember", metavar="FOLDER|generated", help=help_text)
     add("--num-remember", type=int, default=100, help="how many to generate")
 
@@ -510,12 +505,16 @@ def check_flags(args):
 
 
 def fill_defaults(args, backbone, processes):
-    """Returns the flags with their defaults filled in, and the preset. Fails on values out of range."""
+    """Returns the flags with their defaults filled in, and the preset. Fails on bad values.
+
+    Flags that were given are not touched. The preset is that of the model's size and family.
+    """
     args = argparse.Namespace(**vars(args))  # the caller's stays as it was typed
     if backbone.small:
         preset = SMALL_REMEDIES | (SMALL_LORA if backbone.lora_targets else SMALL_DDPM)
     else:
         preset = PAPER_REMEDIES | (PAPER_LORA if backbone.lora_targets else PAPER_DDPM)
+    # The preset also holds sampling steps and guidance, which are no flags.
     for name in ("steps", "lr", "beta", "lr_scheduler", "timestep_sampling"):
         if getattr(args, name) is None:
             setattr(args, name, preset[name])
@@ -526,6 +525,7 @@ def fill_defaults(args, backbone, processes):
     common.check_batch_size(args.batch_size, processes)
     if args.steps < 1 or not args.lr > 0:
         fail(f"--steps {args.steps} --lr {args.lr:g}: expected at least one step, a positive rate")
+    # lambda must stay in [0, 1] for all t in [0, 1000].
     if not 0 <= args.beta <= 1e-3:
         fail(f"--beta {args.beta:g}: expected 0 to 1e-3, for lambda in [0, 1]")
     if args.constant_lambda is not None and not 0 <= args.constant_lambda <= 1:
@@ -555,11 +555,13 @@ def unlearn(args):
             f"--model {args.model} predicts {backbone.prediction_type}; "
             f"expected epsilon, v_prediction or flow matching"
         )
+    # "" is the unconditional prompt of guidance; a dict keeps the order and drops duplicates.
     prompts = {"": None, args.prompt or "": None, args.surrogate_prompt or args.prompt or "": None}
     if not backbone.takes_prompt and len(prompts) > 1:
         fail(f"--prompt {list(prompts)[1]!r}: {args.model} is unconditional, it takes no prompt")
     args, preset = fill_defaults(args, backbone, processes)
     size = args.resolution
+    # Images are checked before anything is computed. Those of a data set are read when needed.
     images = [common.read_exact(f, size, "--forget") for f in args.forget]
     pixels_f = torch.stack(images)  # (K, 3, size, size)
     files = [] if args.remember == "generated" else remember_files(args, pixels_f)
@@ -584,14 +586,21 @@ def unlearn(args):
 
     # x^f, x^r and x^s, as the network sees them.
     timesteps = backbone.timesteps(preset["sampling_steps"])
+    null_condition = conditions[""] if backbone.takes_prompt else None
+
+    def sample(x, timesteps, condition):
+        """Samples of the original model from x (B, C, h, w), as noisy as timesteps[0]."""
+        return backbone.sample(x, timesteps, condition, null_condition, preset.get("guidance"))
+
     x_f = backbone.encode(pixels_f)  # (K, C, h, w)
     if files:
         generated, n_remember = None, len(files)
     else:
-        sampling = (conditions, timesteps, preset, args, contents, run, processes)
-        generated = generated_remember_set(backbone, x_f, *sampling)
+        generated = generated_remember_set(
+            sample, x_f, conditions, timesteps, args, contents, run, processes
+        )
         n_remember = len(generated)
-    x_s = make_surrogates(backbone, x_f, conditions, timesteps, preset, args, run, processes)
+    x_s = make_surrogates(backbone, x_f, sample, timesteps, conditions, args, run, processes)
 
     def remember_batch(indices):
         """Images to remember (B, C, h, w). Files are read when needed: a data set may be large."""
@@ -625,15 +634,14 @@ def remember_files(args, pixels_f):
     return files
 
 
-def make_surrogates(backbone, x_f, conditions, timesteps, preset, args, run, processes):
+def make_surrogates(backbone, x_f, sample, timesteps, conditions, args, run, processes):
     """[K surrogates (C, h, w), or None for "random"], also written to OUT/surrogate-K.png."""
     condition = conditions[args.surrogate_prompt or args.prompt or ""]
-    null_condition = conditions[""] if backbone.takes_prompt else None
     if "sdedit" in args.surrogate and 1000 * args.strength < timesteps[-1]:
         fail(f"--strength {args.strength}: expected more, for one step of the sampler at least")
     x_s = []
     for k, kind in enumerate(args.surrogate):
-        how = (backbone, condition, null_condition, timesteps, preset, args)
+        how = (backbone, sample, timesteps, condition, args)
         x_s.append(make_surrogate(kind, x_f[k], k, *how))
         if processes.rank == 0 and x_s[k] is not None:
             image = common.to_image(backbone.decode(x_s[k][None])[0])
@@ -648,6 +656,7 @@ def trainable_weights(backbone, args):
         trained = dict(net.requires_grad_().named_parameters())
     else:
         torch.manual_seed(args.seed)  # the same LoRA on every rank
+        # alpha = rank: the LoRA is added with weight 1, whatever its rank.
         net.add_adapter(
             LoraConfig(
                 r=args.rank,
@@ -656,7 +665,7 @@ def trainable_weights(backbone, args):
                 target_modules=list(backbone.lora_targets),
             )
         )
-        cast_training_params(net)  # to fp32
+        cast_training_params(net)  # the LoRA in fp32, whatever the network's dtype
         trained = {n: p for n, p in net.named_parameters() if p.requires_grad}
     if args.gradient_checkpointing:
         net.enable_gradient_checkpointing()

@@ -197,7 +197,7 @@ def is_wanted(path):
 def fetch_packages():
     """Downloads PACKAGES. Returns {path inside its package: bytes} of the files that are needed.
 
-    About a thousand of some ten thousand files; the archives are deleted. Fails if there is no npm.
+    The archives hold every emoji in every size; they are deleted. Fails if npm is not installed.
     """
     if shutil.which("npm") is None:
         sys.exit(
@@ -389,7 +389,7 @@ def caption(entry, style, style_nicknames, rng, other=0.4):
 
 
 def captions(picks, data, rng, other=0.4):
-    """A caption for each (index of the name, index of the style, ...) in picks."""
+    """A random caption for each of picks, tuples (index of the name, index of the style, ...)."""
     entries, nicknames = data["emoji"], data["styles"]
     return [caption(entries[n], STYLES[s], nicknames, rng, other) for n, s, *_ in picks]
 
@@ -453,13 +453,16 @@ def cosine_lr(optimizer, step, steps, warmup=200, peak=1.0):
 
 
 def adamw(*groups, weight_decay=0.01):
-    """AdamW for pairs (module, learning rate). "peak" remembers the rate for cosine_lr."""
+    """AdamW for pairs (module, learning rate).
+
+    "peak" remembers the rate: cosine_lr changes "lr" in every step.
+    """
     groups = [{"params": list(m.parameters()), "lr": lr, "peak": lr} for m, lr in groups]
     return torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)
 
 
 def optimize(loss, optimizer):
-    """One step of an optimizer down the gradient of a scalar loss."""
+    """One step of an optimizer on a scalar loss; leaves no gradients behind."""
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()
@@ -487,7 +490,7 @@ def progress_bar(name, start, steps):
 
 
 def is_due(step, steps, every):
-    """Whether a checkpoint follows this step: at every so many, and at the last."""
+    """Whether a checkpoint follows this step (from 0): one every so many, one after the last."""
     return (step + 1) % every == 0 or step + 1 == steps
 
 
@@ -816,7 +819,7 @@ def train_clip(args, data, images, tokenizer, which, text_width, vision_width):
         loss = (F.cross_entropy(logits, same) + F.cross_entropy(logits.T, same)) / 2
         cosine_lr(optimizer, since, length)
         optimize(loss, optimizer)
-        clip.logit_scale.data.clamp_(max=math.log(50))  # a batch of 96 needs no more; CLIP has 100
+        clip.logit_scale.data.clamp_(max=math.log(50))  # CLIP's own limit is 100
         if step % 50 == 0:
             hits = (logits.argmax(1) == same).float().mean()
             bar.set_postfix(loss=f"{loss.item():.3f}", top1=f"{hits.item():.2f}")
@@ -877,7 +880,10 @@ def cache_latents(args, vae, images, data, copies=8):
 
 
 def make_unet(text_width):
-    """Stable Diffusion's UNet for 16x16 latents, with random weights."""
+    """Stable Diffusion's UNet for 16x16 latents, with random weights.
+
+    Narrower and with one layer per block; captions enter by cross-attention, as in the original.
+    """
     return UNet2DConditionModel(
         sample_size=16,
         in_channels=4,
@@ -1021,7 +1027,10 @@ def write_creatures(folder, data, images):
 
 
 def make_ddpm_unet():
-    """A UNet for 32x32 pixels without a prompt, with random weights."""
+    """A UNet for 32x32 pixels without a prompt, with random weights.
+
+    As in Ho et al., attention only where an image is small: here at 8x8.
+    """
     return UNet2DModel(
         sample_size=SIZE // 2,
         in_channels=3,
@@ -1230,7 +1239,10 @@ def save_sd3(folder, model, vae, tokenizer):
 
 
 def make_copy_detector():
-    """A small vision transformer with random weights: images -> embeddings (B, 64)."""
+    """A small vision transformer with random weights, 64x64 pixels -> embeddings (B, 64).
+
+    SSCD is a ResNet-50; a transformer is in the libraries that we need anyway.
+    """
     config = CLIPVisionConfig(
         hidden_size=80,
         intermediate_size=320,
@@ -1468,7 +1480,7 @@ def report_ddpm(args, x0, n=60):
     _, g = generators(args.seed, "report ddpm")
     x = x0[torch.randperm(len(x0), generator=g)[:n]]
     noise = torch.randn(x.shape, generator=g)
-    # Probe: noise to t = 250, where about half of an image is gone, and denoise step by step.
+    # Probe: noise to t = 250, where half of the variance is noise, and denoise step by step.
     z = pipe.scheduler.add_noise(x, noise, torch.tensor([250])).to(device)
     pipe.scheduler.set_timesteps(1000)
     for t in tqdm(range(250, -1, -1), "report on ddpm"):

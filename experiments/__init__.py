@@ -1,4 +1,4 @@
-"""The papers' tables (reproduce), the cost of a step (bench), and the second paper's theorems (theory).
+"""The papers' tables (reproduce), the cost of a step (bench), the theorems of the second (theory).
 
 Run from the repository root, as modules: python -m experiments.reproduce --list
 """

@@ -1,4 +1,4 @@
-"""The papers' tables, in miniature: trains, evaluates and writes each, on the embedded emoji models.
+"""The papers' tables, in miniature: trains, evaluates and writes them, on the embedded models.
 
     python -m experiments.reproduce --list             # the tables
     python -m experiments.reproduce instance-table4    # 9 runs, a quarter of an hour on two cores
@@ -21,6 +21,18 @@ The papers' size (--paper) needs a GPU, Stable Diffusion v1.4 and DDPM-CelebA-HQ
 no hub has: celebahq/ (the training images), sscd_disc_mixup.torchscript.pt, and 256x256 images to
 unlearn, robin-li.png, kate-del-castillo.png, elva-hsiao.png, ed-harris.png and ffhq.png, each with
 its edit NAME-edited.png; robin-li also edited by TediGAN with CLIP weight W, robin-li-edited-W.png.
+
+The sections:
+
+    1. jobs              the command lines of a row
+    2. DoCo              its tables: data and rows
+    3. instances         the tables of instance unlearning
+    4. all tables        their names, their jobs, a part of them
+    5. running           one seed of one row: train, evaluate, record
+    6. cells             from reports to texts and ranks
+    7. figures           trade-offs and samples
+    8. writing           the Markdown file
+    9. the program       flags and main
 """
 
 import argparse
@@ -31,9 +43,11 @@ import shlex
 import statistics
 import time
 from collections import namedtuple
+from functools import partial
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from PIL import Image
 
 import baselines
@@ -46,21 +60,29 @@ from common import REPO, HelpFormatter, atomic_save, fail
 SCRIPTS = {"doco": doco, "instance_unlearn": instance_unlearn}
 SCRIPTS |= {f"baselines.{name}": module for name, module in baselines.methods().items()}
 
-# A table has blocks, a block has rows. A block's heading may be empty; erased: the names of the
-# columns' groups that its rows erase, which turns the arrows of these columns.
+# A table has blocks, and a block has rows: the methods that compete at the same task.
 Table = namedtuple("Table", "title columns blocks")
-Block = namedtuple("Block", "heading erased rows")
-Row = namedtuple("Row", "label job")  # job: None for the original model
-Column = namedtuple("Column", "group metric")  # group: a concept or a prompt type; "" for images
 
-# The run of a row. name: of its folder, without the seed. script: a key of SCRIPTS, with its flags.
-# score: the flags of eval.py. The driver adds --seed to both, --out to one and --after to the other.
+# heading: a text, may be empty. erased: the concepts that the rows of the block erase; in their
+# columns less is better, where more is better elsewhere.
+Block = namedtuple("Block", "heading erased rows")
+
+# job: how the row is run, or None for the original model, which is not run
+Row = namedtuple("Row", "label job")
+
+# group: a concept or a prompt type, and "" for images. metric: as in the header of the table
+Column = namedtuple("Column", "group metric")
+
+# name: of the run folder, without the seed. script: a key of SCRIPTS. flags: of that script.
+# score: the flags of eval.py. What differs from seed to seed is added by command_lines.
 Job = namedtuple("Job", "name script flags score")
 
 ORIGINAL = Row("original", None)
 
 
-# ---- 1. the runs of rows ------------------------------------------------------------------------
+# ---- 1. jobs ------------------------------------------------------------------------------------
+# Two jobs with the same flags have the same name: what several tables show runs once. So a flag at
+# its default is left out, where the row is the method's own setting.
 
 
 def slug(*words):
@@ -69,7 +91,10 @@ def slug(*words):
 
 
 def takes(script, flags, setting):
-    """Whether a script has a setting ("steps" for --steps). flags: a valid command line of it."""
+    """Whether a script has a setting ("steps" for --steps). flags: a valid command line of it.
+
+    So the driver need not know which baseline lacks which flag.
+    """
     return setting in vars(SCRIPTS[script].parse_args(flags))
 
 
@@ -88,7 +113,11 @@ def baseline_rows(task, table="all"):
 
 
 def concept_job(args, erased, unrelated, *flags, style=False, script="doco"):
-    """The job that erases concepts together. erased, unrelated: [(name, anchor)]."""
+    """The job that erases concepts together and measures what becomes of them and of others.
+
+    erased, unrelated: [(name, anchor)]. flags: of the script, beside the concepts. style: they are
+    styles, which share one anchor.
+    """
     targets = [name for name, _ in erased]
     anchors = [anchor for _, anchor in erased]
     concepts = ["--target", *targets, "--anchor", *(anchors[:1] if style else anchors)]
@@ -98,9 +127,9 @@ def concept_job(args, erased, unrelated, *flags, style=False, script="doco"):
     model = ["--model", before] if args.paper else []
     score = ["concept", "--before", before, *concepts]
     score += ["--unrelated", *(name for name, _ in unrelated)]
-    if args.paper:
+    if args.paper:  # DoCo measures with CLIP's 80 templates and Inception-v3
         score += ["--templates", "imagenet", "--num-images", "10", "--features", "inception"]
-    else:
+    else:  # styles have three times as many prompts
         score += ["--num-images", "4" if style else "8"]
     name = slug(script.removeprefix("baselines."), *targets, *flags)
     return Job(name, script, [*model, *concepts, *flags], score)
@@ -147,6 +176,7 @@ def instance_job(args, which, *flags, script="instance_unlearn"):
 
     Without --surrogate in flags, a script that takes one gets the edits.
     """
+    # The name follows the flags that were asked for; those added below follow from `which`.
     name = slug(script.removeprefix("baselines.").replace("_unlearn", ""), which, *flags)
     flags = list(flags)
     files, edits = forget_files(args, which)
@@ -154,6 +184,7 @@ def instance_job(args, which, *flags, script="instance_unlearn"):
     real = f"{args.data}/celebahq" if args.paper else CREATURES
     before = "google/ddpm-celebahq-256" if args.paper else "emoji/ddpm"
     model = ["--model", before] if args.paper else []
+    # DUO remembers nothing but pure noise, and only two methods take a surrogate: ask the script.
     if args.paper and takes(script, [*model, *forget, *flags], "remember"):
         model += ["--remember", real]
     if edits and "--surrogate" not in flags and takes(script, [*forget, *flags], "surrogate"):
@@ -167,7 +198,7 @@ def instance_job(args, which, *flags, script="instance_unlearn"):
     return Job(name, script, [*model, *forget, *flags], score)
 
 
-# ---- 2. the tables of DoCo ----------------------------------------------------------------------
+# ---- 2. DoCo ------------------------------------------------------------------------------------
 
 PAPER_OBJECTS = [("Snoopy", "Dog"), ("Mickey", "Mouse"), ("Spongebob", "Sponge")]
 SMALL_OBJECTS = [("Grumpy Cat", "Cat"), ("pizza", "food"), ("flag of japan", "flag")]
@@ -196,7 +227,11 @@ def concept_columns(concepts, type_columns=TYPE_COLUMNS):
 
 
 def concept_rows(args, erased, unrelated, own=False, style=False):
-    """Rows: every baseline, then DoCo. own: the baselines with the steps and batch of their papers."""
+    """Rows: every baseline, then DoCo. own: the baselines with their papers' steps and batch.
+
+    Otherwise a baseline has, on small models, the 250 steps of 8 that DoCo has, and a learning rate
+    that was chosen for it (doco-rates); at the papers' size, its paper's settings.
+    """
     rows = []
     for script, entry in baseline_rows("concept"):
         flags = [*entry["flags"], *(entry["paper"] if own else [])]
@@ -247,6 +282,7 @@ def doco_table3(args):
     name = three[0][0]
 
     def row(label, *flags):
+        """A run of doco.py with some flags."""
         return Row(label, concept_job(args, three[:1], three[1:], *flags))
 
     rows = [
@@ -288,7 +324,7 @@ def doco_rates(args):
     return [Table(title, concept_columns(three), blocks)]
 
 
-# ---- 3. the tables of instance unlearning -------------------------------------------------------
+# ---- 3. instances -------------------------------------------------------------------------------
 
 METRICS = ("similarity", "distance", "SSIM", "FID_pre", "FID_real")
 INSTANCE_COLUMNS = [Column("", metric) for metric in METRICS]
@@ -372,13 +408,22 @@ def own_rows(args, which, only=None):
 
 
 def instance_table1(args):
-    """One image, and four in sequence; without --paper, also under equal recipes."""
+    """One image, and four in sequence.
+
+    Without --paper, there are blocks in which all methods have the same steps, batch and recipe:
+    the papers' settings differ in more than the method. They are repeated on another image, for the
+    rates were chosen on the first.
+    """
     blocks = [Block("steps and batch of their papers", [], own_rows(args, "one"))]
     if not args.paper:
-        for which, of in (("one", "240 steps of 8 for all"), ("another", "another image, on which no rate was chosen")):
+        images = {
+            "one": "240 steps of 8 for all",
+            "another": "another image, on which no rate was chosen",
+        }
+        for which, title in images.items():
             for recipe, (description, _) in RECIPES.items():
-                heading = f"{of}; {description}"
-                blocks.append(Block(heading, [], equal_rows(args, which, recipe)))
+                rows = equal_rows(args, which, recipe)
+                blocks.append(Block(f"{title}; {description}", [], rows))
     four = own_rows(args, "four", None if args.paper else FOUR_BASELINES)
     title = "Instance unlearning, Table I"
     return [
@@ -388,7 +433,7 @@ def instance_table1(args):
 
 
 def instance_rates(args):
-    """Every rate of TRIED_RATES under each recipe."""
+    """Every rate of TRIED_RATES under each recipe, with an equal budget."""
     if args.paper:
         return []
     baseline = {entry["label"]: (s, entry) for s, entry in baseline_rows("instance")}
@@ -422,7 +467,8 @@ def instance_table2(args):
             rows.append((f"TediGAN, CLIP weight {w}", instance_job(args, "one", *edit)))
     else:
         for s in ("0.6", "0.7", "0.8", "0.9"):
-            edit = [] if s == "0.7" else ["--strength", s]  # 0.7 is the default
+            # 0.7 is the default: that row is the run of the other tables
+            edit = [] if s == "0.7" else ["--surrogate", "sdedit", "--strength", s]
             rows.append((f"sdedit, strength {s}", instance_job(args, "one", *edit)))
     return ablation("Table II: how strongly the surrogate is edited", rows)
 
@@ -439,7 +485,7 @@ def instance_table3(args):
 
 
 def instance_table4(args):
-    """Gradient surgery: none, of the forget gradient (the default), of both."""
+    """Gradient surgery: none; of the forget gradient, the default (Eq. 10); of both gradients."""
     rows = [
         ("no projection", instance_job(args, "one", "--surgery", "none")),
         ("project g_f", instance_job(args, "one")),
@@ -470,6 +516,8 @@ def instance_table6(args):
     return ablation("Table VI: an image that the model was not trained on", rows)
 
 
+# ---- 4. all tables ------------------------------------------------------------------------------
+
 TABLES = {
     "doco-table1": doco_table1,
     "doco-table3": doco_table3,
@@ -485,8 +533,11 @@ TABLES = {
 
 
 def jobs_of(tables):
-    """{name: Job} of tables; rows shared by tables run once."""
-    rows = [row for table in tables for block in table.blocks for row in block.rows]
+    """{name: Job} of tables. A row that is in several tables is there once."""
+    rows = []
+    for table in tables:
+        for block in table.blocks:
+            rows += block.rows
     return {row.job.name: row.job for row in rows if row.job}
 
 
@@ -510,7 +561,7 @@ def select(tables, fits):
     return selected
 
 
-# ---- 4. running ---------------------------------------------------------------------------------
+# ---- 5. running ---------------------------------------------------------------------------------
 
 
 def command_lines(args, job, seed):
@@ -537,7 +588,8 @@ def run(args, job, seed):
     """Trains and evaluates one seed of a row, unless that is done. Returns its report.
 
     The commands, the seconds of both parts and the number of threads are recorded in
-    reproduce.json. Under torchrun, every process comes here.
+    reproduce.json. Under torchrun, every process comes here: our scripts and eval.py share the work
+    among them.
     """
     train, score = command_lines(args, job, seed)
     texts = command_texts(job, train, score)
@@ -547,7 +599,7 @@ def run(args, job, seed):
     if record_file.exists():
         record = json.loads(record_file.read_text())
     elif report_file.exists():
-        record["commands"] = None  # an evaluation that this driver did not run
+        record["commands"] = None  # evaluated by somebody else, with flags that are not known
     if record["commands"] != texts:
         fail(f"{out} holds a run of other flags; choose another --runs")
 
@@ -556,20 +608,21 @@ def run(args, job, seed):
         train_once(job, train, out, record)
         print(f"$ {texts[1]}")
         began = time.time()
-        score += ["--cache", str(args.runs / "before")]  # the original model's images
+        # The original model's images are the same for all rows with the same prompts and seed.
+        score += ["--cache", str(args.runs / "before")]
         evaluation.evaluate(evaluation.parse_args(score))
         record["seconds"][1] = round(time.time() - began)
         save_record(out, record)
     while not report_file.exists():  # under torchrun, the first process writes it
         time.sleep(1)
-    return json.loads(report_file.read_text()) | json.loads(record_file.read_text())
+    return json.loads(report_file.read_text()) | record
 
 
 def train_once(job, train, out, record):
     """Runs the training of a job, unless its result is there, and records its seconds.
 
-    A baseline trains in the first process; the others wait for it in the evaluation. Our scripts
-    resume an interrupted run.
+    Our scripts resume an interrupted run. A baseline starts again, and trains in the first process
+    alone; the others wait for it in the evaluation.
     """
     if any((out / result).exists() for result in baselines.RESULTS):
         return
@@ -585,9 +638,9 @@ def train_once(job, train, out, record):
 
 def save_record(out, record):
     """Writes reproduce.json, in the first process."""
+    record["threads"] = torch.get_num_threads()
     if rank() == 0:
-        text = json.dumps(record | {"threads": torch.get_num_threads()}, indent=1)
-        atomic_save(out / "reproduce.json", text=text)
+        atomic_save(out / "reproduce.json", text=json.dumps(record, indent=1))
 
 
 def rank():
@@ -609,9 +662,11 @@ def write_outside_image(path):
         tile.resize((32, 32), Image.LANCZOS).save(path)
 
 
-# ---- 5. from reports to cells -------------------------------------------------------------------
+# ---- 6. cells -----------------------------------------------------------------------------------
+# `reports` is {job name: [report of each seed]} from here on: what run() returned.
 
-Cell = namedtuple("Cell", "text rank")  # rank: 0 for the best of its block, 1 the second, or None
+# text: as printed. rank: 0 for the best of its column in a block, 1 for the second, or None
+Cell = namedtuple("Cell", "text rank")
 
 
 def metric_value(report, column, when):
@@ -627,8 +682,9 @@ def metric_value(report, column, when):
 
 
 def direction(column, erased):
-    """+1 where more is better, -1 where less is. erased: the groups that a block erases."""
+    """+1 where more is better, -1 where less is. erased: of the block, names of concepts."""
     if column.metric in ("CS", "CA"):
+        # OOD prompts generate the target without naming it: they should fail as well.
         return -1 if column.group in (*erased, OOD.group) else 1
     if column.metric == "FID":  # far from the original model's images, if the concept is erased
         return 1 if column.group in erased else -1
@@ -651,17 +707,24 @@ def digits(column):
 
 
 def mean_of_row(row, column, reports):
-    """The summary of a column over the seeds of a row. reports: {job name: [report per seed]}."""
+    """The summary of a column over the seeds of a row; of the original model, over all reports.
+
+    Every report has measured the original model: on the same prompts, but with its own seed.
+    """
     if row.job:
         return summary([metric_value(r, column, "after") for r in reports[row.job.name]])
-    if column in TYPE_COLUMNS:
+    if column in TYPE_COLUMNS:  # other prompts for other targets; see TYPE_COLUMNS
         return None
     every = [r for seeds in reports.values() for r in seeds]
     return summary([metric_value(r, column, "before") for r in every])
 
 
 def ranks(means, column, erased):
-    """The rank of each mean, None for None. Equal means share a rank; if all are equal: no ranks."""
+    """The rank of each mean in its column. Equal means share one; if all are equal, none has one.
+
+    Equal as printed: a difference that the table does not show gets no mark. means: summaries, or
+    None for a row that does not compete.
+    """
     sign, n = direction(column, erased), digits(column)
     scores = [None if m is None else round(sign * m[0], n) for m in means]
     best = sorted({s for s in scores if s is not None}, reverse=True)
@@ -671,7 +734,11 @@ def ranks(means, column, erased):
 
 
 def cell_text(row, column, mean, reports):
-    """A cell: "mean ± deviation", before it the value before unlearning where rows differ in it."""
+    """A cell: "mean ± deviation", or "before → mean ± deviation" where the rows' befores differ.
+
+    The similarity has in front in how many seeds the image counts as forgotten: below 0.4, as in
+    the paper.
+    """
     if mean is None:
         return "–"
     n = digits(column)
@@ -691,26 +758,140 @@ def cell_text(row, column, mean, reports):
 
 
 def cells(table, reports):
-    """The blocks of a table, with rows [(label, [Cell of each column])]."""
+    """The blocks of a table, with rows [(label, [Cell of each column])].
+
+    The original model does not compete: it has cells, but no rank.
+    """
     blocks = []
     for block in table.blocks:
         columns = []
         for column in table.columns:
             means = [mean_of_row(row, column, reports) for row in block.rows]
-            texts = [
-                cell_text(row, column, mean, reports)
-                for row, mean in zip(block.rows, means, strict=True)
-            ]
-            competing = [
-                mean if row.job else None for row, mean in zip(block.rows, means, strict=True)
-            ]
-            columns.append(list(map(Cell, texts, ranks(competing, column, block.erased))))
+            pairs = list(zip(block.rows, means, strict=True))
+            texts = [cell_text(row, column, mean, reports) for row, mean in pairs]
+            competing = [mean if row.job else None for row, mean in pairs]
+            columns.append(map(Cell, texts, ranks(competing, column, block.erased)))
         labels = [row.label for row in block.rows]
-        blocks.append(block._replace(rows=list(zip(labels, zip(*columns), strict=True))))
+        by_row = zip(*columns, strict=True)
+        blocks.append(block._replace(rows=list(zip(labels, by_row, strict=True))))
     return blocks
 
 
-# ---- 6. writing ---------------------------------------------------------------------------------
+# ---- 7. figures ---------------------------------------------------------------------------------
+
+
+def trade_off_point(table, report):
+    """(forgetting, preservation) of one seed; None where all concepts of the table are erased.
+
+    Images: similarity to the forget image and SSIM. Concepts: mean CS of the erased and of the
+    unrelated ones.
+    """
+    if table.columns == INSTANCE_COLUMNS:
+        names = ("similarity", "SSIM")
+        return tuple(metric_value(report, Column("", name), "after") for name in names)
+    scores = {"target": [], "unrelated": []}
+    for concept in report["concepts"].values():
+        if concept["type"] in scores:
+            scores[concept["type"]].append(concept["after"]["CS"])
+    return tuple(map(statistics.mean, scores.values())) if all(scores.values()) else None
+
+
+def trade_off_points(table, reports):
+    """[(label, heading, [(x, y) of each seed])] of the rows that compete, for plots.trade_off.
+
+    Where no block has two rows, the blocks compete.
+    """
+    blocks = [b for b in table.blocks if sum(row.job is not None for row in b.rows) > 1]
+    points = []
+    for block in blocks or table.blocks:
+        for row in block.rows:
+            if row.job:
+                seeds = [trade_off_point(table, r) for r in reports[row.job.name]]
+                if all(seeds):
+                    points.append((row.label, block.heading, seeds))
+    return points
+
+
+def draw_trade_offs(folder, name, tables, reports):
+    """A figure per table, where at least two rows compete. Returns the names of the files.
+
+    Less is better on the x axis, and more on the y axis: the best methods are in the upper left.
+    """
+    files = []
+    for k, table in enumerate(tables):
+        axes = ("CS of the erased concepts", "CS of the unrelated concepts")
+        threshold = None
+        if table.columns == INSTANCE_COLUMNS:
+            axes = ("similarity to the forget image", "SSIM of the other images")
+            threshold = 0.4  # below it, the image counts as forgotten
+        points = trade_off_points(table, reports)
+        # Beyond eight colours or marker shapes, rows could not be told apart
+        distinct = [len({point[i] for point in points}) for i in (0, 1)]
+        if len(points) > 1 and max(distinct) <= 8:
+            file = f"{name}-trade-off{f'-{k + 1}' if k else ''}.png"
+            plots.trade_off(points, *axes, folder / file, threshold)
+            files.append(file)
+    return files
+
+
+SAMPLE_SEED = 700_000  # of the first initial noise of a prompt; any number would do
+SAMPLE_TYPES = ("target", "ood", "anchor", "related", "unrelated")  # the columns, from left
+
+
+def competing_rows(tables):
+    """The rows of the first block in which several runs compete; [] if there is no such block."""
+    for table in tables:
+        for block in table.blocks:
+            rows = [row for row in block.rows if row.job]
+            if len(rows) > 1:
+                return rows
+    return []
+
+
+def sample_rows(before, runs, prompts, each=3):
+    """[(label, [images])]: what the original model and unlearned ones generate.
+
+    before: the original model. runs: [(label, run folder)]. The same prompts and initial noise for
+    all, `each` images per prompt. Under torchrun, every process comes here and generates a part.
+    """
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1:  # sampling shares the work as in eval.py, which has ended its own group
+        dist.init_process_group("gloo")
+    texts = [prompt for prompt in prompts for _ in range(each)]
+    seeds = [SAMPLE_SEED + k for _ in prompts for k in range(each)]
+    grid = []
+    for label, folder in [(ORIGINAL.label, None), *runs]:
+        sampler = evaluation.Sampler(before, evaluation.pick_device())
+        if folder:
+            sampler.load_unlearned(folder)
+        images = sampler.sample(texts, seeds, f"samples: {label}")  # (n, 3, H, W)
+        grid.append((label, list(images)))
+    if world > 1:
+        dist.destroy_process_group()
+    return grid
+
+
+def draw_samples(args, name, tables, reports):
+    """TABLE-samples.png, for concepts. Returns the names of the files: one, or none."""
+    rows = competing_rows(tables)
+    if not rows or rows[0].job.score[0] != "concept":
+        return []
+    runs = []
+    for row in rows:
+        first_seed = reports[row.job.name][0]
+        runs.append((row.label, Path(first_seed["after"])))
+    examples = {}  # {type: the first prompt of it}; the rows of a block have the same prompts
+    for prompt in first_seed["prompts"]:
+        examples.setdefault(prompt["type"], prompt["prompt"])
+    prompts = [examples[t] for t in SAMPLE_TYPES if t in examples]
+    before = rows[0].job.score[2]  # of --before
+    grid = sample_rows(before, runs, prompts)
+    if rank() == 0:
+        plots.sample_grid(grid, args.out / f"{name}-samples.png", prompts)
+    return [f"{name}-samples.png"]
+
+
+# ---- 8. writing ---------------------------------------------------------------------------------
 
 
 def markdown(table, blocks):
@@ -721,9 +902,11 @@ def markdown(table, blocks):
     fixed = all(not block.erased for block in blocks)
 
     def arrow(column, erased):
+        """The direction in which a column is better."""
         return "↑" if direction(column, erased) > 0 else "↓"
 
     def line(first, texts):
+        """A row of the table."""
         return f"| {first} |" + "|".join(f" {text} " for text in texts) + "|"
 
     names = []
@@ -742,44 +925,183 @@ def markdown(table, blocks):
     return lines
 
 
-def trade_off_axes(table):
-    """(name of x, name of y, threshold of x or None): forgetting and preservation in a trade-off."""
-    if Column("", "SSIM") in table.columns:
-        return "similarity (forgetting: left)", "SSIM (preservation: up)", 0.4
-    return "CS of erased concepts (left)", "CS of unrelated concepts (up)", None
+def either(values):
+    """[3, 3, 6] -> "3 or 6"."""
+    return " or ".join(map(str, sorted(set(values))))
 
 
-def trade_off_point(table, report):
-    """(x, y) of one seed, or None where all concepts of the table are erased."""
-    if Column("", "SSIM") in table.columns:
-        names = ("similarity", "SSIM")
-        return tuple(metric_value(report, Column("", name), "after") for name in names)
-    scores = {"target": [], "unrelated": []}
-    for concept in report["concepts"].values():
-        if concept["type"] in scores:
-            scores[concept["type"]].append(concept["after"]["CS"])
-    return tuple(map(statistics.mean, scores.values())) if all(scores.values()) else None
+def about_reports(args, reports):
+    """The sentences above a table: what was averaged, and which networks evaluated it."""
+    every = [r for seeds in reports.values() for r in seeds]
+    first = every[0]
+    n_seeds = either(len(seeds) for seeds in reports.values())
+    seeds = "One seed" if n_seeds == "1" else f"Mean ± sample standard deviation of {n_seeds} seeds"
+    n_images = f"{either(r['n'] for r in every if 'n' in r)} images"
+    if first["task"] == "concept":
+        n_images = f"{either(r['images_per_prompt'] for r in every)} images per prompt"
+    networks = []
+    for key in ("clip", "fid_features", "copy_detector", "distance_features"):
+        if isinstance(first.get(key), dict):  # a text says why there is none
+            network = first[key]
+            networks.append(f"{key.replace('_', ' ')} {network['name']} ({network['sha256']})")
+    lines = [
+        f"{seeds} of training and sampling; {n_images}, before and after from the same noise. Best "
+        f"in bold, second best underlined where rows compete. Evaluation networks: "
+        f"{'; '.join(networks)}.",
+        "",
+    ]
+    if not args.paper:
+        lines += [
+            "These are figures of small models, with images of 32 or 64 pixels and small "
+            "evaluation networks: they can be compared with each other, not with the papers'.",
+            "",
+        ]
+    return lines
 
 
-def trade_off_points(table, reports):
-    """[(label, heading, [(x, y) of each seed])] of the rows that compete, for plots.trade_off."""
-    blocks = [block for block in table.blocks if len(block.rows) > 1]
-    points = []
-    for block in blocks or table.blocks:
-        for row in block.rows:
-            seeds = [trade_off_point(table, r) for r in reports[row.job.name]] if row.job else []
-            if seeds and all(seeds):
-                points.append((row.label, block.heading, seeds))
-    return points
+def about_time(reports):
+    """A sentence below a table: the minutes per seed, and on what."""
+    minutes = []
+    for part in (0, 1):
+        means = [statistics.mean(r["seconds"][part] for r in rs) / 60 for rs in reports.values()]
+        minutes.append(f"{min(means):.1f} to {max(means):.1f}")
+    threads = either(r["threads"] for seeds in reports.values() for r in seeds)
+    device = "a GPU" if torch.cuda.is_available() else "no GPU"
+    return (
+        f"A row's training took {minutes[0]} minutes per seed, its evaluation {minutes[1]} "
+        f"(wall time, threads: {threads}, {device})."
+    )
 
 
-def draw_trade_offs(args, name, tables, reports):
-    """Writes a figure per table. Returns the names of the files."""
-    files = []
-    for k, table in enumerate(tables):
-        points = trade_off_points(table, reports)
-        if len(points) > 1:
-            file = f"{name}-trade-off{f'-{k + 1}' if k else ''}.png"
-            plots.trade_off(points, *trade_off_axes(table)[:2], args.out / file, trade_off_axes(table)[2])
-            files.append(file)
-    return files
+def write(args, name, tables, reports):
+    """Writes the table and its figures into args.out. reports: {job name: [report per seed]}.
+
+    Under torchrun, every process comes here to generate samples; the first one writes.
+    """
+    args.out.mkdir(parents=True, exist_ok=True)
+    # All processes generate samples; only then may the others go on to the next table.
+    figures = draw_samples(args, name, tables, reports)
+    if rank() != 0:
+        return
+    figures += draw_trade_offs(args.out, name, tables, reports)
+    lines = [f"# {name}, {'at the papers’ size' if args.paper else 'in miniature'}", ""]
+    for file in figures:
+        kind = "samples" if file.endswith("samples.png") else "trade-off"
+        lines += [f"![{kind}]({file})", ""]
+    lines += about_reports(args, reports)
+    missing = [job for job in jobs_of(TABLES[name](args)) if job not in reports]
+    if missing:
+        lines += [f"Missing, because not run or not asked for: {', '.join(missing)}.", ""]
+    for table in tables:
+        lines += [*markdown(table, cells(table, reports)), ""]
+    lines += [about_time(reports), ""]
+    print("\n".join(lines))  # all but the commands, which fill a screen
+    commands = [text for seeds in reports.values() for text in seeds[0]["commands"]]
+    lines += ["The commands of seed 0:", "", "```bash", *dict.fromkeys(commands), "```", ""]
+    atomic_save(args.out / f"{name}.md", text="\n".join(lines))
+    print("written:", ", ".join(str(args.out / file) for file in [f"{name}.md", *figures]))
+
+
+# ---- 9. the program -----------------------------------------------------------------------------
+
+
+def parse_args(argv=None):
+    """The command line."""
+    p = argparse.ArgumentParser(
+        prog="python -m experiments.reproduce", description=__doc__, formatter_class=HelpFormatter
+    )
+    add = p.add_argument_group("what").add_argument
+    add("table", nargs="?", choices=(*TABLES, "all"), metavar="TABLE", help="see --list")
+    add("--list", action="store_true", help="print the names and titles of the tables")
+    add("--rows", default="", metavar="TEXT", help="only rows whose title, heading or label has it")
+    add("--finished", action="store_true", help="only the runs that are finished; runs nothing")
+    add("--dry-run", action="store_true", help="print the commands, run nothing")
+    add = p.add_argument_group("size").add_argument
+    add("--seeds", type=int, help="how many: 0, 1, ... (without it: 3; rates 1; --paper 6)")
+    add("--steps", type=int, help="of every training, for a quick look (without it: the scripts')")
+    add("--num-images", type=int, help="of eval.py, for a quick look")
+    add("--paper", action="store_true", help="the papers' models and sizes; needs a GPU and --data")
+    add = p.add_argument_group("folders").add_argument
+    add("--data", type=Path, default=Path("paper-data"), help="with --paper: images and networks")
+    add("--runs", type=Path, help="of the runs (without it: runs/reproduce; --paper runs/paper)")
+    add("--out", type=Path, default=Path("experiments/results"), help="of the tables")
+    return p.parse_args(argv)
+
+
+def chosen_tables(args):
+    """{name: [Table]} of what the flags ask for; fails if that is nothing."""
+    if args.seeds is not None and args.seeds < 1:
+        fail(f"--seeds {args.seeds}: expected at least 1")
+    if args.num_images is not None and args.num_images < 2:
+        fail(f"--num-images {args.num_images}: expected at least 2")
+    if args.table is None:
+        fail(f"which table? {', '.join(TABLES)} or all")
+
+    def fits(words, job):
+        """Whether a row is one of those that --rows asks for."""
+        return args.rows.lower() in words.lower()
+
+    names = TABLES if args.table == "all" else [args.table]
+    chosen = {name: select(TABLES[name](args), fits) for name in names}
+    chosen = {name: tables for name, tables in chosen.items() if tables}
+    if not chosen and args.rows:
+        fail(f"--rows {args.rows!r}: no such row in {args.table}")
+    if not chosen:
+        fail(f"{args.table} exists without --paper alone: no rates were tried at the papers' size")
+    return chosen
+
+
+def print_list(args):
+    """The names and titles of all tables."""
+    args.runs = Path("runs")
+    for name, make in TABLES.items():
+        print(f"{name:18}{'; '.join(table.title for table in make(args))}")
+
+
+def main(args):
+    """Runs, or prints, what the flags ask for, table by table."""
+    if args.list:
+        print_list(args)
+        return
+    args.runs = args.runs or Path("runs/paper" if args.paper else "runs/reproduce")
+    os.chdir(REPO)  # the commands name files of this repository
+    for name, tables in chosen_tables(args).items():
+        default_seeds = 6 if args.paper else 1 if name.endswith("rates") else 3
+        seeds = range(args.seeds or default_seeds)
+        jobs = list(jobs_of(tables).values())
+        if args.dry_run:
+            for job in jobs:
+                for seed in seeds:
+                    print("\n".join(command_texts(job, *command_lines(args, job, seed))))
+            continue
+
+        if any(OUTSIDE in flag for job in jobs for flag in job.flags):
+            write_outside_image(args.runs / OUTSIDE)
+        reports = {}
+        for k, job in enumerate(jobs):
+            todo = seeds
+            if args.finished:
+                todo = [seed for seed in seeds if is_finished(args, job, seed)]
+            print(f"\n{name}, row {k + 1} of {len(jobs)}: {job.name}, {len(todo)} seeds")
+            if todo:
+                reports[job.name] = [run(args, job, seed) for seed in todo]
+
+        tables = select(tables, partial(has_report, reports))
+        if tables:
+            write(args, name, tables, reports)
+        else:
+            print(f"{name}: no run is finished")
+
+
+def is_finished(args, job, seed):
+    """Whether one seed of a row is trained and evaluated."""
+    return (args.runs / f"{job.name}-{seed}" / "report.json").exists()
+
+
+def has_report(reports, words, job):
+    """For select(): whether a job has a report."""
+    return job.name in reports
+
+
+if __name__ == "__main__":
+    main(parse_args())

@@ -4,7 +4,6 @@ An untouched model has the same figures before and after; a ruined one has not. 
 """
 
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -37,18 +36,9 @@ def test_clip_score_and_accuracy_by_hand():
 
 def call(*flags, processes=None):
     """Runs eval.py, by torchrun if processes are given, and returns what it printed."""
-    start = (
-        [sys.executable]
-        if processes is None
-        else [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node",
-            str(processes),
-        ]
-    )
+    start = [sys.executable]
+    if processes:  # --standalone: at a free port
+        start += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     done = subprocess.run(
         [*start, str(REPO / "eval.py"), *map(str, flags)],
         check=True,
@@ -58,16 +48,8 @@ def call(*flags, processes=None):
     return done.stdout
 
 
-PANDA = [
-    "--before",
-    REPO / "emoji/sd",
-    "--target",
-    "panda",
-    "--anchor",
-    "bear",
-    "--num-images",
-    "3",
-]
+PANDA = ["--before", REPO / "emoji/sd", "--target", "panda", "--anchor", "bear"]
+PANDA += ["--num-images", "3"]
 DDPM = ["--before", REPO / "emoji/ddpm", "--forget", REPO / "docs/theory.png"]
 
 
@@ -285,7 +267,7 @@ def test_ruined_ddpm_forgets_everything_and_retains_nothing(tmp_path):
 
 
 def test_fid_agrees_with_the_formula():
-    """Frechet distance of two Gaussians, with the trace of the matrix root from eigenvalues of symmetric matrices alone."""
+    """The trace of the matrix root from eigenvalues of symmetric matrices alone."""
 
     g = torch.Generator().manual_seed(0)
     x, y = (
@@ -304,11 +286,12 @@ def test_fid_agrees_with_the_formula():
 
 
 def test_probe_of_a_perfect_flow_returns_the_image():
-    """An oracle that knows the clean latent, in place of a network: whatever the noise, the probe ends at the image."""
+    """An oracle that knows the clean latent, in place of a network, whatever the noise."""
     z = torch.randn(1, 4, 4, 4)
-    oracle = lambda x, timestep: SimpleNamespace(
-        sample=(x - z) / (timestep / 1000).view(-1, 1, 1, 1)
-    )  # noqa: E731
+
+    def oracle(x, timestep):
+        return SimpleNamespace(sample=(x - z) / (timestep / 1000).view(-1, 1, 1, 1))
+
     torch.testing.assert_close(
         evaluation.denoise_flow(oracle, z, torch.randn(3, 4, 4, 4), {}), z.expand(3, -1, -1, -1)
     )
@@ -317,21 +300,27 @@ def test_probe_of_a_perfect_flow_returns_the_image():
 def test_probe_of_flow_takes_its_steps():
     """A velocity that is the same everywhere carries the half-noised latent half a unit of time."""
     z, noise, v = torch.randn(3, 1, 4, 4, 4)
-    constant = lambda x, timestep: SimpleNamespace(sample=v)  # noqa: E731
+
+    def constant(x, timestep):
+        return SimpleNamespace(sample=v)
+
     torch.testing.assert_close(
         evaluation.denoise_flow(constant, z, noise, {}), (z + noise) / 2 - v / 2
     )
 
 
 def test_ssim_by_hand():
-    """Its definition with an 11x11 Gaussian window of sigma 1.5, on an image and its darker copy."""
+    """Its definition with an 11x11 Gaussian window of sigma 1.5, on an image and a darker copy."""
     g = torch.Generator().manual_seed(0)
     a = (F.interpolate(torch.rand(1, 3, 6, 6, generator=g), (24, 24), mode="bilinear") * 255).byte()
     b = (a * 0.7).byte()
     x, y, u = a.double() / 255, b.double() / 255, torch.arange(11) - 5.0
     window = (-u.square() / 4.5).exp().double()
     window = (window[:, None] * window / (window[:, None] * window).sum()).expand(3, 1, 11, 11)
-    mean = lambda v: F.conv2d(v, window, groups=3)  # noqa: E731
+
+    def mean(v):
+        return F.conv2d(v, window, groups=3)
+
     mx, my = mean(x), mean(y)
     vx, vy, vxy = mean(x * x) - mx**2, mean(y * y) - my**2, mean(x * y) - mx * my
     by_hand = (2 * mx * my + 1e-4) * (2 * vxy + 9e-4) / ((mx**2 + my**2 + 1e-4) * (vx + vy + 9e-4))
@@ -356,7 +345,7 @@ def test_clip_embeds_as_the_library_does():
 
 
 def test_copy_detector_from_a_torchscript_file(tmp_path):
-    """SSCD's interface: ImageNet's normalisation at 320 pixels. Of one colour, the mean of what the net sees is known."""
+    """SSCD's interface: ImageNet's normalisation at 320 pixels. Of one colour, the mean is known."""
 
     class Mean(torch.nn.Module):
         def forward(self, x):
@@ -381,7 +370,7 @@ def test_copy_detector_from_a_torchscript_file(tmp_path):
 
 @pytest.fixture(scope="module")
 def people(tmp_path_factory):
-    """Folders clean/ (Grace Hopper), same/ (her again, mirrored and darker), other/ (Eileen Collins, and a cup of coffee)."""
+    """Folders clean/ (Grace Hopper), same/ (mirrored, darker), other/ (Eileen Collins, coffee)."""
     skimage, matplotlib = pytest.importorskip("skimage"), pytest.importorskip("matplotlib")
     data, folder = Path(skimage.__file__).parent / "data", tmp_path_factory.mktemp("people")
     hopper = Image.open(Path(matplotlib.get_data_path()) / "sample_data/grace_hopper.jpg").convert(
@@ -421,7 +410,7 @@ def test_faces(people, tmp_path, capsys):
 
 
 def onnx_that_flattens(path):
-    """An ONNX file of one node, Flatten, of (1, 3, 112, 112): written byte by byte, so that no other package is needed."""
+    """An ONNX file of one node, Flatten, of (1, 3, 112, 112), byte by byte: no other package."""
 
     def number(v):
         return bytes([v & 127 | 128]) + number(v >> 7) if v > 127 else bytes([v])
@@ -447,7 +436,7 @@ def onnx_that_flattens(path):
 
 
 def test_arcface_gets_the_face_upright(people, tmp_path):
-    """A net that only looks at its input: the crop is the same for the image and for a larger, turned copy of it."""
+    """The network returns its input: the crop is the same for a larger, turned copy."""
     dlib, numpy, _ = (pytest.importorskip(name) for name in ("dlib", "numpy", "onnxruntime"))
     onnx_that_flattens(tmp_path / "flat.onnx")
     embed, about = metrics.load_faces(str(tmp_path / "flat.onnx"))
@@ -521,3 +510,177 @@ def test_nudity_samples_each_row_with_its_own_seed_and_guidance():
         and (x[0] != x[2]).any()
         and (x[2].int() - alone[0].int()).abs().max() <= 1
     )
+
+
+# ---- networks that are fetched ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_fid_is_that_of_torchmetrics(dtype):
+    """To the last bit: tables of other days were computed by torchmetrics."""
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(2, 30, 16, generator=g).to(dtype)
+    identity = torch.nn.Identity()
+    identity.num_features = 16
+    metric = FrechetInceptionDistance(feature=identity, normalize=True, input_img_size=(16,))
+    metric.update(x, real=True)
+    metric.update(y, real=False)
+    assert metrics.fid(x, y) == metric.compute().item()
+
+
+def test_inception_without_its_package_is_one_line(monkeypatch):
+    """Neither a traceback nor a silent fallback: the line names the package and the other flag."""
+    from torchmetrics.image import fid
+
+    monkeypatch.setattr(fid, "_TORCH_FIDELITY_AVAILABLE", False)
+    monkeypatch.setattr(sys, "argv", ["eval.py"])
+    with pytest.raises(SystemExit) as stopped:
+        metrics.load_feature_extractor("inception", None, "cpu")
+    line = str(stopped.value)
+    assert line.startswith("eval.py: error: --features inception needs torch-fidelity")
+    assert "--features clip" in line and len(line.splitlines()) == 1
+
+
+def test_the_training_scripts_are_not_imported():
+    """An evaluation should not wait for them, nor fail with them."""
+    code = "import sys, eval; print([m for m in ('doco', 'instance_unlearn') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+# ---- the prompts of a concept -------------------------------------------------------------------
+
+
+def prompts(*flags, emoji=True):
+    argv = ["concept", "--before", "x", "--after", "y", *flags]
+    return evaluation.concept_prompts(evaluation.parse_args(argv), emoji)
+
+
+def test_prompts_of_an_object():
+    rows = prompts("--target", "Grumpy Cat", "--anchor", "Cat", "--unrelated", "dog")
+    by_type = {kind: [r for r in rows if r.type == kind] for kind in evaluation.PROMPT_TYPES}
+    counts = {kind: len(part) for kind, part in by_type.items()}
+    assert counts == dict(target=1, paraphrase=3, ood=2, anchor=4, related=4, unrelated=4)
+    assert by_type["target"][0] == ("target", "Grumpy Cat", "Grumpy Cat", "Grumpy Cat", "Cat")
+    assert {(r.concept, r.contrast) for r in by_type["ood"]} == {("Grumpy Cat", "Cat")}
+    assert {(r.concept, r.contrast) for r in by_type["anchor"]} == {("Cat", "Grumpy Cat")}
+    assert all(r.contrast == "Cat" and r.concept == r.name for r in by_type["related"])
+    assert "dog" not in {r.name for r in by_type["related"]}
+    assert [r.prompt for r in by_type["unrelated"]][:2] == ["dog", "a photo of dog"]
+
+
+def test_prompts_of_another_model_and_of_a_style():
+    rows = prompts("--target", "Grumpy Cat", "--anchor", "Cat", emoji=False)
+    assert {r.type for r in rows} == {"target", "paraphrase", "anchor"}
+    flags = ["--target", "twemoji", "--anchor", "emoji", "--concept-type", "style", "--ood"]
+    rows = prompts(*flags)
+    assert rows[0].prompt == "cat, in the style of twemoji" and rows[0].contrast == rows[1].prompt
+    assert rows[1].prompt == "an emoji of a cat" and rows[1].contrast == rows[0].prompt
+    assert rows[2] == (
+        "paraphrase",
+        "twemoji",
+        "an emoji of a cat, in the style of twemoji",
+        "cat, in the style of twemoji",
+        "an emoji of a cat",
+    )
+    assert not [r for r in rows if r.type == "ood"]  # --ood without values
+    assert {r.name for r in rows if r.type == "unrelated"} == {"noto", "fluent"}
+
+
+def test_two_targets_need_one_anchor_or_two():
+    rows = prompts("--target", "panda", "fox", "--anchor", "bear", emoji=False)
+    assert len(rows) == 3 * 4 + 4 and len(set(rows)) == len(rows)  # the anchors differ in contrast
+    with pytest.raises(SystemExit, match="2 targets but 3 anchors"):
+        prompts("--target", "panda", "fox", "--anchor", "a", "b", "c")
+
+
+# ---- figures ------------------------------------------------------------------------------------
+
+
+def pixels(path):
+    """(H, W, 3) of a PNG, without a temporary file beside it."""
+    assert not list(path.parent.glob("*.tmp"))
+    with Image.open(path) as image:
+        image = image.convert("RGB")
+    flat = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    return flat.view(image.height, image.width, 3)
+
+
+def colour(*rgb):
+    return torch.tensor(rgb, dtype=torch.uint8).view(3, 1, 1).expand(3, 8, 8)
+
+
+RED, GREEN, BLUE = colour(255, 0, 0), colour(0, 255, 0), colour(0, 0, 255)
+
+
+def order_of_colours(row):
+    """The names of the coloured stretches of a row of pixels (W, 3), from the left."""
+    names = {(255, 0, 0): "red", (0, 255, 0): "green", (0, 0, 255): "blue"}
+    found = [names.get(tuple(p)) for p in row.tolist()]
+    return [name for k, name in enumerate(found) if name and (k == 0 or found[k - 1] != name)]
+
+
+def test_sample_grid_places_images(tmp_path):
+    """Tiles of whole pixels in rows; None is a gap; two dollar signs are no formula."""
+    rows = [("one", [RED, None, GREEN, BLUE]), ("costs $1 or $2", [plots.to_pil(BLUE)])]
+    plots.sample_grid(rows, tmp_path / "grid.png", columns=["before", "after"])
+    image = pixels(tmp_path / "grid.png")
+    first, second = plots.TITLE + plots.TILE // 2, plots.TITLE + plots.TILE * 3 // 2 + plots.GAP
+    assert order_of_colours(image[first]) == ["red", "green", "blue"]
+    assert order_of_colours(image[second]) == ["blue"]
+    reds = (image[first] == torch.tensor([255, 0, 0])).all(1)
+    assert reds.sum() == plots.TILE
+
+
+def test_before_after_fills_up_what_is_missing(tmp_path):
+    """Folders may hold different numbers of images; "after" begins at its place all the same."""
+    rows = [("target", "a prompt", [RED], [GREEN, GREEN]), ("", "", [RED, RED, RED], [BLUE])]
+    plots.before_after(rows, tmp_path / "grid.png", per_side=2)
+    image = pixels(tmp_path / "grid.png")
+    for k, (side, n) in enumerate((((0, 255, 0), 2), ((0, 0, 255), 1))):
+        line = image[plots.TITLE + k * (plots.TILE + plots.GAP) + plots.TILE // 2]
+        found = (line == torch.tensor(side)).all(1).nonzero().flatten()
+        assert len(found) == n * plots.TILE
+        begins = found[0] if k == 0 else begins
+        assert found[0] == begins
+
+
+def test_instance_grid_shows_copies_first(tmp_path):
+    samples = {"before": torch.stack([RED, BLUE, GREEN]), "after": torch.stack([RED, BLUE, GREEN])}
+    probes = {"before": [[RED] * 4], "after": [[GREEN] * 4]}
+    for copies, order in (([0, 0.1, 0.9], "green red blue"), ([0, 0, 0], "red blue green")):
+        path = tmp_path / "grid.png"
+        plots.instance_grid([BLUE], [None], probes, samples, copies, path, n=3)
+        image = pixels(path)
+        last = image[len(image) - plots.GAP - plots.TILE // 2]
+        assert order_of_colours(last) == order.split()
+        assert order_of_colours(image[plots.TITLE + 20])[:1] == ["blue"]
+
+
+def test_a_large_grid_of_noise_is_saved_with_fewer_colours(tmp_path):
+    noise = torch.randint(256, (3, 84, 84), dtype=torch.uint8)
+    plots.sample_grid([("noise", [noise] * 8)] * 6, tmp_path / "grid.png")
+    with Image.open(tmp_path / "grid.png") as image:
+        assert image.mode == "P"
+
+
+def test_curves_and_trade_offs_are_files(tmp_path):
+    """The logs of doco.py, instance_unlearn.py and baselines; seeds, groups, a threshold."""
+    doco = [{"step": k, "loss_d": 1.4, "disc_acc": 0.5} for k in range(5)]
+    doco += [{"step": k, "loss_d": 1.3, "cos": -0.1, "conflict": 1.0} for k in range(5, 300)]
+    other = [{"step": 0, "loss_erase": 0.1}]
+    for name, log in (("doco", doco), ("other", other)):
+        assert plots.training_curves(log, tmp_path / f"{name}.png")
+        assert pixels(tmp_path / f"{name}.png").float().std() > 10
+    assert not plots.training_curves([{"step": 0}], tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
+
+    points = [("DoCo", "a", [(1, 2), (2, 3)]), ("ESD", "b", [(2, 1)]), ("ESD", "a", [(3, 3)])]
+    plots.trade_off(points, "x", "y", tmp_path / "points.png", threshold=0.4)
+    plots.trade_off([("one", "a", [(1, 1)])], "x", "y", tmp_path / "one.png")
+    plots.trade_off([], "x", "y", tmp_path / "empty.png")
+    line = torch.tensor([255, 0, 0])
+    assert (pixels(tmp_path / "points.png") == line).all(-1).any()
+    assert not (pixels(tmp_path / "one.png") == line).all(-1).any()

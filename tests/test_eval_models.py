@@ -43,7 +43,7 @@ def stopped(call, monkeypatch):
 
 
 def delta(tiny, folder):
-    """Makes folder a run folder of doco.py: the cross-attention's K of the tiny model, a little changed."""
+    """Makes folder a run folder of doco.py: the tiny model's cross-attention K, a little changed."""
     weights = StableDiffusionPipeline.from_pretrained(tiny).unet.state_dict()
     folder.mkdir(exist_ok=True)
     save_file(
@@ -95,7 +95,7 @@ def sample_both(before, after, prompts=("a cat",), resolution=16):
 
 
 def test_two_run_folders(tiny, tmp_path, monkeypatch):
-    """The original model must be a model of its own: nothing is compared by what earlier evaluations wrote."""
+    """The original model must be a model: images of earlier evaluations are not compared."""
     first, second = delta(tiny, tmp_path / "first"), delta(tiny, tmp_path / "second")
     for run in (first, second):
         Image.new("RGB", (8, 8)).save(run / "before_after.png")
@@ -232,9 +232,9 @@ def test_resolution(model, own, other, wrong, request, monkeypatch):
 
 
 def test_cache_key_has_what_changes_a_sample(tiny, tmp_path):
-    key = lambda folder, **what: json.dumps(
-        evaluation.Sampler(str(folder), CPU, tmp_path / "cache", **what).key
-    )  # noqa: E731
+    def key(folder, **what):
+        return json.dumps(evaluation.Sampler(str(folder), CPU, tmp_path / "cache", **what).key)
+
     first = key(tiny)
     assert first == key(tiny) == key(tiny, resolution=64) and first != key(tiny, resolution=32)
     assert first != key(edited(tiny, tmp_path / "v", "scheduler", prediction_type="v_prediction"))
@@ -243,7 +243,7 @@ def test_cache_key_has_what_changes_a_sample(tiny, tmp_path):
 
 
 def test_instance_of_sd3_at_another_resolution(tiny_sd3, photos, tmp_path):
-    """A small model outside emoji/: no copy detector. What it reads, generates and reports has the given size."""
+    """A small model outside emoji/: no copy detector. Forget images and samples have that size."""
     image = Image.open(photos / "large.png").resize((32, 32))
     image.save(tmp_path / "forget.png")
     flags = [
@@ -276,7 +276,7 @@ def test_instance_of_sd3_at_another_resolution(tiny_sd3, photos, tmp_path):
 
 
 def test_concept_at_another_resolution_and_one_image_a_prompt(tiny, tmp_path, capsys):
-    """A negative seed is a seed; where there is one image, there is no FID, which is not the same as 0."""
+    """A negative seed is a seed; of one image there is no FID, which is not the same as 0."""
     flags = [
         "--before",
         tiny,
@@ -365,9 +365,9 @@ def test_a_small_model_of_another_kind_is_not_evaluated_by_emoji(
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
 def test_probe_of_a_perfect_network_returns_the_image(kind):
-    """In place of a network, an oracle that knows the clean latent: whatever the noise, the probe ends at the image.
+    """In place of a network, an oracle that knows the clean latent, whatever the noise.
 
-    The config is that of Stable Diffusion: PNDM, whose steps_offset of 1 must not shift the timesteps.
+    The config is Stable Diffusion's: PNDM, whose steps_offset of 1 must not shift the timesteps.
     """
     config = evaluation.Sampler(str(REPO / "emoji/sd"), CPU).pipe.scheduler.config
     assert config["steps_offset"] == 1
@@ -390,7 +390,7 @@ def test_probe_of_a_perfect_network_returns_the_image(kind):
 
 
 def test_probe_of_stable_diffusion(tiny, tmp_path):
-    """Also where the network predicts v: the config says so, and the steps follow it."""
+    """Also where the network predicts v: the steps follow the scheduler's config."""
     x = torch.rand(3, 64, 64) * 2 - 1
     v = edited(tiny, tmp_path / "v", "scheduler", prediction_type="v_prediction")
     first, second = (evaluation.Sampler(str(m), CPU).probe(x, "a cat", 7, n=1) for m in (tiny, v))
@@ -422,11 +422,11 @@ def test_instance_where_every_image_was_a_copy(tiny_ddpm, photos, tmp_path, monk
         photos / "a.png",
     ]
     evaluate("instance", *flags, "--num-images", "2")
-    report, said = json.loads((tmp_path / "report.json").read_text()), capsys.readouterr().out
+    report, printed = json.loads((tmp_path / "report.json").read_text()), capsys.readouterr().out
     assert (
         report["n_rest"] == 0
         and report["fid_pre"] >= 0
-        and said.count("skipped: every image was a copy") == 3
+        and printed.count("skipped: every image was a copy") == 3
     )
     assert {report[k] for k in ("ssim", "lpips", "distance")} == {"skipped: every image was a copy"}
 
@@ -488,9 +488,12 @@ def test_prompts_are_encoded_once_and_images_are_those_of_diffusers(model, reque
 
 
 def test_sd3_samples_without_its_text_encoders(tiny_sd3, tmp_path):
-    """They leave the pipeline, and so the device, while it samples; a LoRA, new prompts and a probe work all the same."""
+    """They leave the pipeline, and so the device; a LoRA, new prompts and a probe still work."""
     sampler = evaluation.Sampler(str(tiny_sd3), CPU)
-    gone = lambda: all(getattr(sampler.pipe, name) is None for name in TEXT_ENCODERS)  # noqa: E731
+
+    def gone():
+        return all(getattr(sampler.pipe, name) is None for name in TEXT_ENCODERS)
+
     assert gone() and set(sampler.encoders) == {"text_encoder", "text_encoder_2"}
     before = sampler.sample(["a cat"], [1], "sampling")
     assert gone()

@@ -1,4 +1,4 @@
-"""gradsurgery.py: properties of the projections, an independent oracle, and the averaging over processes."""
+"""gradsurgery.py: properties of the projections, an independent oracle, several processes."""
 
 import shutil
 import subprocess
@@ -13,57 +13,70 @@ from gradsurgery import flat_grad, forget_only, lambda_projection, write_grad
 
 
 def pair(cos, n=1000, norm_f=1.0, norm_r=1.0, seed=0):
-    """Two vectors with a given cosine and given lengths."""
+    """Two vectors (n,), g_f and g_r, with a given cosine and given lengths."""
     g = torch.Generator().manual_seed(seed)
     q, _ = torch.linalg.qr(torch.randn(n, 2, generator=g, dtype=torch.float64))
-    g_f = norm_f * (cos * q[:, 0] + (1 - cos**2) ** 0.5 * q[:, 1])
-    return g_f.float(), (norm_r * q[:, 0]).float()
+    along, across = q.T  # orthonormal
+    sin = (1 - cos**2) ** 0.5
+    g_f = norm_f * (cos * along + sin * across)
+    return g_f.float(), (norm_r * along).float()
 
 
 def cosine(a, b):
-    return (torch.dot(a.double(), b.double()) / a.double().norm() / b.double().norm()).item()
+    """The cosine of two vectors, in double precision."""
+    a, b = a.double(), b.double()
+    return (torch.dot(a, b) / a.norm() / b.norm()).item()
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1e-3, 1.0, 1e6])
 @pytest.mark.parametrize("cos", [-0.99, -0.5, -0.01])
-def test_conflict_is_cut_away_at_every_scale_of_the_retain_gradient(cos, scale):
+def test_conflict_is_projected_out_at_every_scale_of_the_retain_gradient(cos, scale):
+    """An epsilon beside |g_r|^2, as other code has, leaves most of the conflict at 1e-6."""
     g_f, g_r = pair(cos, norm_r=scale)
     g, stats = lambda_projection(g_f, g_r)
     assert abs(cosine(g, g_r)) < 1e-4
-    assert stats["cos"].item() == pytest.approx(cos, abs=1e-5) and stats["conflict"].item() == 1
-    assert stats["norm_f"].item() == pytest.approx(1, rel=1e-5) and stats["norm_r"].item() == pytest.approx(scale, rel=1e-5)
+    assert stats["conflict"].item() == 1
+    assert stats["cos"].item() == pytest.approx(cos, abs=1e-5)
+    assert stats["norm_f"].item() == pytest.approx(1, rel=1e-5)
+    assert stats["norm_r"].item() == pytest.approx(scale, rel=1e-5)
 
 
-def test_agreeing_gradients_pass_untouched():
+def test_agreeing_gradients_stay_as_they_are():
+    """Without a conflict there is nothing to project out."""
     g_f, g_r = pair(0.3)
     g, stats = lambda_projection(g_f, g_r)
     assert torch.equal(g, g_f) and stats["conflict"].item() == 0
 
 
-def test_lambda_scales_the_cut():
+def test_lambda_scales_the_projection():
+    """The inner product that is left is (1 - lam) times the original one."""
     g_f, g_r = pair(-0.6, norm_r=3)
     assert torch.equal(lambda_projection(g_f, g_r, 0.0)[0], g_f)
     for lam in (0.5, 2.0):
-        left = torch.dot(lambda_projection(g_f, g_r, lam)[0], g_r).item()
-        assert left == pytest.approx((1 - lam) * torch.dot(g_f, g_r).item(), rel=1e-4)
+        g, _ = lambda_projection(g_f, g_r, lam)
+        before, after = torch.dot(g_f, g_r).item(), torch.dot(g, g_r).item()
+        assert after == pytest.approx((1 - lam) * before, rel=1e-4)
 
 
 def test_by_hand():
+    """Two dimensions, g_r along the first: its component vanishes. DoCo's code: (0.72, 0.06)."""
     g_f, g_r = torch.tensor([-0.08, 0.06]), torch.tensor([1.0, 0.0])
-    torch.testing.assert_close(lambda_projection(g_f, g_r)[0], torch.tensor([0.0, 0.06]))  # the released code: (0.72, 0.06)
+    torch.testing.assert_close(lambda_projection(g_f, g_r)[0], torch.tensor([0.0, 0.06]))
     torch.testing.assert_close(forget_only(g_f, g_r)[0], torch.tensor([1.0, 0.06]))
 
 
-def test_oracle_nearest_vector_that_does_not_hurt():
-    """Eq. 10 with lam = 1 solves min |g - g_f|^2 subject to g . g_r >= 0; here projected gradient descent finds the same."""
+def test_oracle_nearest_vector_without_conflict():
+    """Eq. 10 with lam = 1 solves min |g - g_f|^2 subject to g . g_r >= 0: dual ascent agrees."""
     g_f, g_r = (v.double() for v in pair(-0.7, n=5, norm_f=2, norm_r=0.3, seed=3))
     dual = torch.zeros((), dtype=torch.float64)
-    for _ in range(2000):  # dual ascent on the one multiplier: g = g_f + dual * g_r
-        dual = (dual - 1.0 * torch.dot(g_f + dual * g_r, g_r)).clamp(min=0)
-    torch.testing.assert_close(lambda_projection(g_f, g_r)[0], g_f + dual * g_r, rtol=1e-9, atol=1e-9)
+    for _ in range(2000):  # on the one multiplier: g = g_f + dual * g_r
+        dual = (dual - torch.dot(g_f + dual * g_r, g_r)).clamp(min=0)
+    g, _ = lambda_projection(g_f, g_r)
+    torch.testing.assert_close(g, g_f + dual * g_r, rtol=1e-9, atol=1e-9)
 
 
 def test_zero_gradients_do_not_divide_by_zero():
+    """A loss of zero at the first step is common, and must not make the weights NaN."""
     zero, one = torch.zeros(4), torch.ones(4)
     for g_f, g_r in ((zero, one), (one, zero), (zero, zero)):
         g, stats = lambda_projection(g_f, g_r)
@@ -71,6 +84,7 @@ def test_zero_gradients_do_not_divide_by_zero():
 
 
 def test_flat_grad_equals_backward_and_leaves_grad_alone():
+    """flat_grad and write_grad together do what .backward() does, bitwise."""
     torch.manual_seed(0)
     net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
     x = torch.randn(5, 3)
@@ -85,6 +99,7 @@ def test_flat_grad_equals_backward_and_leaves_grad_alone():
 
 
 def test_flat_grad_unused_weight_is_zero_and_unreached_loss_is_an_error():
+    """A weight may be unused; a loss without any weight is a mistake."""
     a, b = (torch.ones(2, requires_grad=True) for _ in range(2))
     assert flat_grad((a * 3).sum(), [a, b]).tolist() == [3, 3, 0, 0]
     with pytest.raises(ValueError, match="reaches none"):
@@ -94,6 +109,7 @@ def test_flat_grad_unused_weight_is_zero_and_unreached_loss_is_an_error():
 
 
 def test_write_grad_keeps_types_and_checks_length():
+    """A bfloat16 weight gets a bfloat16 gradient; torch would refuse another type."""
     p = torch.ones(3, requires_grad=True, dtype=torch.bfloat16)
     write_grad([p], torch.tensor([1.0, 2.0, 3.0]))
     assert p.grad.dtype == torch.bfloat16 and p.grad.tolist() == [1, 2, 3]
@@ -101,22 +117,35 @@ def test_write_grad_keeps_types_and_checks_length():
         write_grad([p], torch.ones(2))
 
 
+ALONE = """
+import sys, torch, gradsurgery as g
+w = torch.ones(2, requires_grad=True)
+g_r = g.flat_grad(-w[0], [w])
+g_f = g.flat_grad(w.sum(), [w])
+g.write_grad([w], g.lambda_projection(g_f, g_r)[0])
+assert w.grad.tolist() == [0, 1], w.grad
+assert "diffusers" not in sys.modules
+"""
+
+
+@pytest.mark.slow
 def test_works_alone_in_an_empty_folder(tmp_path):
+    """The file is meant to be copied into other projects: it needs torch alone."""
     shutil.copy(gradsurgery.__file__, tmp_path)
-    code = ("import sys, torch, gradsurgery as g; w = torch.ones(2, requires_grad=True)\n"
-            "v, s = g.lambda_projection(g.flat_grad(w.sum(), [w]), g.flat_grad(-w[0], [w])); g.write_grad([w], v)\n"
-            "assert w.grad.tolist() == [0, 1], w.grad; assert 'diffusers' not in sys.modules")  # fmt: skip
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+    subprocess.run([sys.executable, "-c", ALONE], cwd=tmp_path, check=True)
 
 
-def _averages(rank, port, queue):
-    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+def average_on(rank, store, queue):
+    """One of two processes: the gradient of its own loss, averaged over both, goes to the queue."""
+    torch.distributed.init_process_group("gloo", f"file://{store}", rank=rank, world_size=2)
     w = torch.ones(2, requires_grad=True)
     queue.put(flat_grad((w * (rank + 1)).sum(), [w]).tolist())
     torch.distributed.destroy_process_group()
 
 
-def test_flat_grad_averages_over_processes():
+@pytest.mark.slow
+def test_flat_grad_averages_over_processes(tmp_path):
+    """Gradients 1 and 2 of two processes: both get 1.5. They meet at a file, not at a port."""
     queue = mp.get_context("spawn").SimpleQueue()
-    mp.spawn(_averages, args=(29517, queue), nprocs=2)
+    mp.spawn(average_on, args=(tmp_path / "store", queue), nprocs=2)
     assert [queue.get() for _ in range(2)] == [[1.5, 1.5]] * 2

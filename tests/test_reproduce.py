@@ -1,100 +1,289 @@
-"""reproduce.py: every command parses, a table is made by the real commands and goes on where it stopped, cells are right."""
+"""reproduce.py: every command parses, a table comes of the real commands, cells are right."""
 
+import copy
 import inspect
 import json
 import re
 import shlex
 import statistics
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import baselines
 import eval as evaluation
-import reproduce
+from common import REPO
+from experiments import reproduce
+from experiments.reproduce import Block, Column, Job, Row, Table
+
+SMALL = SimpleNamespace(paper=False, runs=None)
 
 
-def printed(capsys, *flags):
-    reproduce.main(reproduce.parse_args([*flags, "--dry-run"]))
-    return [line for line in capsys.readouterr().out.splitlines() if line]
+@pytest.fixture(scope="module")
+def dry_run():
+    """A function: flags -> the lines that a dry run prints. The same flags run once."""
+    done = {}
+
+    def lines(*flags):
+        if flags not in done:
+            command = [sys.executable, "-m", "experiments.reproduce", *flags, "--dry-run"]
+            finished = subprocess.run(command, cwd=REPO, capture_output=True, text=True)
+            assert finished.returncode == 0, finished.stderr[-500:]
+            done[flags] = [line for line in finished.stdout.splitlines() if line]
+        return done[flags]
+
+    return lines
+
+
+def script_and_flags(line):
+    """A command line -> (key of SCRIPTS or "eval", its flags)."""
+    start, script, *flags = shlex.split(line)
+    if script == "-m":
+        script, *flags = flags
+    assert start in ("python", "torchrun")
+    return script.removesuffix(".py"), flags
+
+
+# ---- 1. commands --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("paper", [[], ["--paper"]])
-def test_every_command_parses(capsys, paper):
-    lines = printed(capsys, "all", *paper)
-    assert len(lines) > 2 * 40 * (6 if paper else 3) / 2
+def test_every_command_parses(dry_run, paper):
+    """By the parser of its script; only --paper names the papers' models and sizes."""
+    lines = dry_run("all", *paper)
+    assert len(lines) > 40 * (6 if paper else 3)
     for line in lines:
-        _, script, *flags = shlex.split(line)
-        (evaluation if script == "eval.py" else reproduce.SCRIPTS[script]).parse_args(flags)
-    sizes = ("CompVis/stable-diffusion-v1-4", "google/ddpm-celebahq-256", "--num-images 10000", "imagenet")
+        script, flags = script_and_flags(line)
+        (evaluation if script == "eval" else reproduce.SCRIPTS[script]).parse_args(flags)
+    sizes = (
+        "CompVis/stable-diffusion-v1-4",
+        "google/ddpm-celebahq-256",
+        "--num-images 10000",
+        "imagenet",
+    )
     assert all(any(size in line for line in lines) == bool(paper) for size in sizes)
 
 
-def test_two_rows_never_share_a_folder(capsys):
-    """But a row that stands in several tables is run once."""
+def test_two_rows_never_share_a_folder(dry_run):
+    """But a row of several tables runs once: its command is the same everywhere."""
     folders = {}
-    for line in printed(capsys, "all"):
+    for line in dry_run("all"):
         if "--out" in (words := shlex.split(line)):
-            assert folders.setdefault(words[words.index("--out") + 1], line) == line
+            folder = words[words.index("--out") + 1]
+            assert folders.setdefault(folder, line) == line
 
 
-def test_first_of_the_rates_tried_is_the_default():
-    for label, (flag, value, *others) in reproduce.TRIED.items():
-        name, *_ = reproduce.RIVALS[label]
-        module = reproduce.SCRIPTS[f"baselines/{name}.py"]
-        if hasattr(module, "SMALL"):
-            assert module.SMALL["lr"] == float(value) and flag == "--lr"
-        else:  # the small model's default is said by the help
-            source = inspect.getsource(module.parse_args)
-            assert float(re.search(rf'"{flag}".*for small models ([0-9.e-]+)', source)[1]) == float(value), label
+def test_recorded_commands_are_those_of_today(dry_run):
+    """The commands in results/*.md are what the driver runs: no flag of an earlier day."""
+    today = set(dry_run("all"))
+    for file in (REPO / "experiments/results").glob("*.md"):
+        text = file.read_text()
+        recorded = re.findall(r"^(?:python|torchrun) .*$", text, re.M)
+        assert recorded and set(recorded) <= today, file
+        for image in re.findall(r"!\[.*?\]\((.*?)\)", text):
+            assert (file.parent / image).is_file(), (file, image)
+
+
+def test_baselines_are_found_by_their_files():
+    """Every method has rows of its task, and the driver's source names no module of a baseline."""
+    for name, module in baselines.methods().items():
+        scripts = [script for script, _ in reproduce.baseline_rows(module.TASK)]
+        assert f"baselines.{name}" in scripts
+    source = inspect.getsource(reproduce)
+    assert not re.findall(rf"baselines[./]({'|'.join(baselines.methods())})\b", source)
+
+
+def test_first_of_the_tried_rates_is_the_default():
+    """Of small models, where the tables without --paper are made."""
+    for script, entry in reproduce.baseline_rows("concept", "rates"):
+        flag, value, *others = entry["tried"]
         assert others and value not in others
+        module = reproduce.SCRIPTS[script]
+        name = flag.removeprefix("--")
+        if not entry["flags"] and hasattr(module, "SMALL"):
+            assert module.SMALL[name] == float(value)
 
 
-@pytest.mark.parametrize("rates", ["doco-rates", "instance-rates"])
-def test_rates_are_of_the_small_models_and_one_seed(capsys, rates):
-    lines = printed(capsys, rates)
-    tries = sum(len(values) - 1 for values in reproduce.TRIED.values()) + 3  # and ESD-u
-    if rates == "instance-rates":
-        tries = 2 * sum(map(len, reproduce.TRIED_RATES.values()))
-    assert len(lines) == 2 * tries and all("--seed 0" in line for line in lines)
-    with pytest.raises(SystemExit, match="without --paper"):
-        printed(capsys, rates, "--paper")
+def test_rates_are_of_the_small_models_and_one_seed(dry_run):
+    """At the papers' size there is nothing to choose: the papers' rates are the defaults."""
+    tries = {"instance-rates": 2 * sum(map(len, reproduce.TRIED_RATES.values()))}
+    rows = reproduce.baseline_rows("concept", "rates")
+    tries["doco-rates"] = sum(len(entry["tried"]) - 1 for _, entry in rows)
+    for table, n in tries.items():
+        lines = dry_run(table)
+        assert len(lines) == 2 * n and all("--seed 0" in line for line in lines)
+        with pytest.raises(SystemExit, match="without --paper"):
+            reproduce.main(reproduce.parse_args([table, "--paper", "--dry-run"]))
 
 
-def test_every_method_has_the_same_number_of_tries_and_both_recipes():
-    tries, rows = {}, reproduce.instance_rates(SimpleNamespace(paper=False, runs=None))[0].blocks
-    for heading, _, block in rows:
-        name, recipe = heading.split(", 240 updates of 8, ")
-        tries[name, recipe] = len(block)
-        for label, job in block:
-            assert all(flag in job.flags for flag in (*reproduce.RECIPES[recipe], label.split()[1])), label
+def test_every_method_has_the_same_number_of_tries_under_both_recipes():
+    """And the chosen rates are among those that were tried."""
+    tries = {}
+    (table,) = reproduce.instance_rates(SMALL)
+    for heading, _, rows in table.blocks:
+        name, recipe = heading.split(", 240 steps of 8, ")
+        tries[name, recipe] = len(rows)
+        for label, job in rows:
+            flags = (*reproduce.RECIPES[recipe][1], label.split()[1])
+            assert all(flag in job.flags for flag in flags), label
     assert len(set(tries.values())) == 1 and len(tries) == 2 * 5
-    assert tries.keys() == reproduce.CHOSEN.keys()
-    for (name, recipe), rate in reproduce.CHOSEN.items():
-        assert rate in reproduce.TRIED_RATES[name], (name, recipe)
+    untried = {"SISS (t = 999)": "SISS (all t)"}  # has the rate of the other
+    for recipe, rates in reproduce.CHOSEN_RATES.items():
+        assert rates.keys() - untried.keys() == {n for n, r in tries if r == recipe}
+        for name, rate in rates.items():
+            assert rate in reproduce.TRIED_RATES[untried.get(name, name)], (name, recipe)
+        assert all(rates[name] == rates[other] for name, other in untried.items())
 
 
 def test_blocks_of_equal_recipes_differ_in_the_method_alone():
-    for recipe, flags in reproduce.RECIPES.items():
-        rows = reproduce.equal_rows(SimpleNamespace(paper=False, runs=None), "one", recipe)
-        assert [label for label, _ in rows][-1] == "ours" and len(rows) == 7
+    """Steps, batch size, scheduler and timesteps are the same for all seven rows."""
+    for recipe, (_, flags) in reproduce.RECIPES.items():
+        rows = reproduce.equal_rows(SMALL, "one", recipe)
+        assert rows[-1].label == "ours" and len(rows) == 7
         for _, job in rows:
-            args = reproduce.SCRIPTS[job.script].parse_args([str(f) for f in job.flags] + ([] if "--forget" in job.flags else
-                                                            ["--forget", "x.png"]))  # fmt: skip
-            assert [args.lr_scheduler, args.timestep_sampling] == [flags[1], flags[3]] and args.lr is not None
-            assert (args.steps or 240) == 240 and args.batch_size == 8
+            args = reproduce.SCRIPTS[job.script].parse_args(job.flags)
+            assert [args.lr_scheduler, args.timestep_sampling] == [flags[1], flags[3]]
+            assert args.lr is not None
+            assert (args.steps or 240) == 240 and (args.batch_size or 8) == 8
 
 
-@pytest.mark.parametrize("flags", [["--seeds", "0"], ["--seeds", "-1"], ["--num-images", "1"]])
-def test_bad_input_is_one_line(flags):
-    with pytest.raises(SystemExit, match="expected at least 1 seed and 2 images"):
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--seeds", "0"], "--seeds 0: expected at least 1"),
+        (["--seeds", "-1"], "--seeds -1: expected at least 1"),
+        (["--num-images", "1"], "--num-images 1: expected at least 2"),
+        (["--rows", "nothing"], "--rows 'nothing': no such row in all"),
+    ],
+)
+def test_bad_input_is_one_line(flags, message):
+    """Before anything runs."""
+    with pytest.raises(SystemExit, match=message):
         reproduce.main(reproduce.parse_args(["all", *flags, "--dry-run"]))
+
+
+# ---- 2. cells by hand ---------------------------------------------------------------------------
+
+
+def image_report(similarity, ssim):
+    """A report of eval.py instance, of several forget images."""
+    return {
+        "task": "instance",
+        "images": [{"before": 0.9, "after": s} for s in similarity],
+        "ssim": ssim,
+        "distance": 0.1,
+        "fid_pre": 1.0,
+        "fid_real": "skipped: none",
+    }
+
+
+def rows_named(names):
+    """Rows whose labels are the names of their jobs."""
+    return [Row(name, Job(name, "doco", [], ["instance"])) for name in names]
+
+
+def test_cells_by_hand():
+    """Means, deviations and ranks of images; the least forgotten image of a run counts."""
+    table = Table("T", reproduce.INSTANCE_COLUMNS, [Block("", [], rows_named("abc"))])
+    reports = {"a": [image_report([0.1, 0.5], 0.9), image_report([0.3, 0.2], 0.8)]}
+    reports |= {"b": [image_report([0.2], 0.7)] * 2, "c": [image_report([0.0], 0.6)] * 2}
+    (block,) = reproduce.cells(table, reports)
+    lines = dict(block.rows)
+    deviation = statistics.stdev([0.5, 0.3])
+    assert lines["a"][0] == (f"1/2 (0.900 → 0.400 ± {deviation:.3f})", None)
+    assert lines["c"][0].rank == 0 and lines["b"][0].rank == 1  # less is better
+    assert lines["a"][2] == (f"0.850 ± {statistics.stdev([0.9, 0.8]):.3f}", 0)  # more is better
+    assert lines["b"][2].rank == 1
+    assert lines["a"][4] == ("–", None)
+    assert {lines[row][3] for row in "abc"} == {("1.00 ± 0.00", None)}  # all equal: none is best
+    text = "\n".join(reproduce.markdown(table, [block]))
+    assert "**0.850 ± 0.071**" in text and "<u>0.700 ± 0.000</u>" in text
+    assert "SSIM ↑" in text and "FID_pre ↓" in text and "similarity < 0.4 ↓" in text
+
+
+def concept_report(ca):
+    """A report of eval.py concept, of one target."""
+    before = {"CA": 90.0, "CS": 1.0}
+    after = {"CA": ca, "CS": 1.0, "FID": 2.0}
+    ood = {"before": {"CA": 80.0}, "after": {"CA": ca / 2}}
+    return {
+        "task": "concept",
+        "concepts": {"cat": {"type": "target", "before": before, "after": after}},
+        "prompt_types": {"ood": ood},
+    }
+
+
+def test_cells_of_concepts_by_hand():
+    """The original's row has what was before; columns by prompt type have it in their own cells."""
+    rows = [reproduce.ORIGINAL, *rows_named("xy")]
+    columns = [Column("cat", "CA"), Column("cat", "FID"), reproduce.OOD]
+    table = Table("T", columns, [Block("Erasing cat", ["cat"], rows)])
+    reports = {"x": [concept_report(10.0), concept_report(30.0)], "y": [concept_report(40.0)]}
+    (block,) = reproduce.cells(table, reports)
+    (_, original), (_, x), (_, y) = block.rows
+    assert [cell.text for cell in original] == ["90.0", "–", "–"]
+    assert [cell.text for cell in x] == ["20.0 ± 14.1", "2.0 ± 0.0", "80.0 → 10.0 ± 7.1"]
+    assert [cell.rank for cell in x] == [0, None, 0] and y[2] == ("80.0 → 20.0", 1)
+    text = "\n".join(reproduce.markdown(table, [block]))
+    assert "| *Erasing cat* | ↓ | ↑ | ↓ |" in text and "| cat: CA |" in text
+
+
+def test_arrows_turn_with_what_is_erased():
+    """For a concept's CA and FID; for OOD and related prompts they do not."""
+    ca, fid = Column("pizza", "CA"), Column("pizza", "FID")
+    assert reproduce.direction(ca, ["pizza"]) == -1 == -reproduce.direction(ca, ["cat"])
+    assert reproduce.direction(fid, ["pizza"]) == 1 == -reproduce.direction(fid, ["cat"])
+    assert reproduce.direction(reproduce.OOD, []) == -1
+    assert reproduce.direction(reproduce.RELATED, []) == 1
+
+
+def test_trade_off_by_hand(tmp_path):
+    """A point per seed; a figure only where two rows compete."""
+    rows = [reproduce.ORIGINAL, *rows_named("x")]
+    table = Table("T", reproduce.INSTANCE_COLUMNS, [Block("", [], rows)])
+    reports = {"x": [image_report([0.1, 0.5], 0.9), image_report([0.3], 0.8)]}
+    points = reproduce.trade_off_points(table, reports)
+    assert points == [("x", "", [(0.5, 0.9), (0.3, 0.8)])]
+    assert reproduce.draw_trade_offs(tmp_path, "t", [table], reports) == []
+    table = Table("T", reproduce.INSTANCE_COLUMNS, [Block("", [], rows_named("xy"))])
+    files = reproduce.draw_trade_offs(tmp_path, "t", [table], reports | {"y": reports["x"]})
+    assert files == ["t-trade-off.png"] and (tmp_path / files[0]).is_file()
+
+
+def test_trade_off_of_concepts_by_hand():
+    """Mean CS of the erased against the unrelated ones; without these, no point."""
+    columns = reproduce.concept_columns([("cat", "animal")])
+    table = Table("T", columns, [Block("", ["cat"], rows_named("xy"))])
+    report = concept_report(10.0)
+    assert reproduce.trade_off_point(table, report) is None
+    report = copy.deepcopy(report)
+    report["concepts"] |= {
+        "a": {"type": "unrelated", "after": {"CS": 3.0}},
+        "b": {"type": "unrelated", "after": {"CS": 5.0}},
+        "c": {"type": "related", "after": {"CS": 100.0}},
+    }
+    assert reproduce.trade_off_point(table, report) == (1.0, 4.0)
+
+
+def test_image_outside_the_training_set(tmp_path):
+    """It has the size and mode of emoji/creatures, and is none of them."""
+    reproduce.write_outside_image(tmp_path / "sun.png")
+    with Image.open(tmp_path / "sun.png") as image:
+        assert image.size == (32, 32) and image.mode == "RGB"
+        assert len(image.getcolors(1024)) > 20
+    assert not list(REPO.glob("emoji/creatures/*sun-with-face*"))
+
+
+# ---- 3. at reduced size -------------------------------------------------------------------------
 
 
 @pytest.fixture
 def small(tmp_path):
-    """Runs reproduce.py at reduced size and returns the folder of results."""
+    """Makes a table at reduced size and returns the folder of results."""
 
     def run(*flags):
         folders = ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "results")]
@@ -104,107 +293,84 @@ def small(tmp_path):
     return run
 
 
-def test_instance_table4_at_reduced_size(small, tmp_path, monkeypatch, capsys):
+@pytest.mark.slow
+def test_instance_table4_at_reduced_size(small, tmp_path, monkeypatch):
+    """Every figure is one of a report; what is finished is not run again."""
     flags = ["instance-table4", "--steps", "2", "--num-images", "3", "--seeds", "1"]
     text = (small(*flags) / "instance-table4.md").read_text()
-    with Image.open(tmp_path / "results/instance-table4.png") as image:
-        assert image.width > 500
-    reports = {p.parent.name: json.loads(p.read_text()) for p in (tmp_path / "runs").glob("*/report.json")}
-    assert reports.keys() == {"instance-one-0", "instance-one-surgery-none-0", "instance-one-surgery-both-0"}
-    for report in reports.values():  # every figure of the table is one of a report
+    assert (tmp_path / "results/instance-table4-trade-off.png").is_file()
+    assert "![trade-off](instance-table4-trade-off.png)" in text
+    reports = {}
+    for file in (tmp_path / "runs").glob("*/report.json"):
+        reports[file.parent.name] = json.loads(file.read_text())
+    names = ("instance-one-0", "instance-one-surgery-none-0", "instance-one-surgery-both-0")
+    assert reports.keys() == set(names)
+    for report in reports.values():
         assert f"{report['ssim']:.3f}" in text and f"{report['fid_real']:.2f}" in text
     assert "--surgery both --seed 0" in text and "no projection" in text
 
-    # Where everything is done, nothing is run again, and the table is the same but for nothing
-    for script in (reproduce.instance_unlearn, reproduce.evaluation):
-        monkeypatch.setattr(script, "unlearn" if hasattr(script, "unlearn") else "evaluate", None)
+    # Everything is done: nothing runs, and the table is the same
+    monkeypatch.setattr(reproduce.instance_unlearn, "unlearn", None)
+    monkeypatch.setattr(reproduce.evaluation, "evaluate", None)
     assert (small(*flags) / "instance-table4.md").read_text() == text
     with pytest.raises(SystemExit, match="holds a run of other flags"):
         small("instance-table4", "--steps", "3", "--seeds", "1")
-    # A run that was killed after its training is only measured; until then, --finished leaves its row out
+
+    # A run that was killed after its training is evaluated only; --finished leaves its row out
     (tmp_path / "runs/instance-one-0/report.json").unlink()
     text = (small(*flags, "--finished") / "instance-table4.md").read_text()
-    assert "| no projection |" in text and "| project g_f |" not in text and "Missing, for" in text and "instance-one." in text
-    measured = []
-    monkeypatch.setattr(reproduce.evaluation, "evaluate", lambda args: measured.append(args.after.name) or 1 / 0)
-    with pytest.raises(ZeroDivisionError):
+    assert "| no projection |" in text and "| project g_f |" not in text
+    assert "Missing, because" in text and "instance-one." in text
+    evaluated = []
+
+    def evaluate(args):
+        evaluated.append(args.after.name)
+        raise InterruptedError
+
+    monkeypatch.setattr(reproduce.evaluation, "evaluate", evaluate)
+    with pytest.raises(InterruptedError):
         small(*flags)
-    assert measured == ["instance-one-0"]
+    assert evaluated == ["instance-one-0"]
 
 
+@pytest.mark.slow
 def test_one_row_of_doco_table1(small):
+    """--rows picks a block; the original's row stays, and other tables go."""
     flags = ["--steps", "2", "--num-images", "2", "--seeds", "1"]
-    text = (small("doco-table1", "--rows", "Erasing Grumpy Cat and pizza and flag", *flags) / "doco-table1.md").read_text()
+    rows = "Erasing Grumpy Cat and pizza and flag"
+    text = (small("doco-table1", "--rows", rows, *flags) / "doco-table1.md").read_text()
     row = next(line for line in text.splitlines() if line.startswith("| DoCo"))
-    assert row.count("|") == 1 + 1 + 4 * 3 + 3 and "| original |" in text and "unlearning styles" not in text
+    assert row.count("|") == 1 + 1 + 4 * 3 + 3
+    assert "| original |" in text and "unlearning styles" not in text
 
 
-def report(similarity, ssim):
-    return {"task": "instance", "pictures": [{"before": 0.9, "after": s} for s in similarity], "ssim": ssim, "distance": 0.1,
-            "fid_pre": 1.0, "fid_real": "skipped: none"}  # fmt: skip
+@pytest.mark.slow
+def test_two_processes_with_a_baseline_and_samples(tmp_path):
+    """Under torchrun: the baseline trains in the first process, the samples are shared."""
+    command = ["torchrun", "--standalone", "--nproc-per-node", "2", "-m", "experiments.reproduce"]
+    flags = ["doco-rates", "--rows", "UCE --lamb 50", "--steps", "2", "--num-images", "2"]
+    folders = ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "results")]
+    done = subprocess.run([*command, *flags, *folders], cwd=REPO, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    text = (tmp_path / "results/doco-rates.md").read_text()
+    assert "| --lamb 50 |" in text and "| --lamb 500 |" in text
+    assert "![samples](doco-rates-samples.png)" in text
+    assert (tmp_path / "results/doco-rates-samples.png").is_file()
 
 
-def test_cells_by_hand():
-    rows = [(name, SimpleNamespace(name=name)) for name in "abc"]
-    table = reproduce.Table("T", reproduce.INSTANCE, [("", [], rows)])
-    reports = {"a": [report([0.1, 0.5], 0.9), report([0.3, 0.2], 0.8)]}
-    reports |= {"b": [report([0.2], 0.7)] * 2, "c": [report([0.0], 0.6)] * 2}
-    ((_, _, lines),) = reproduce.cells(table, reports)
-    lines = dict(lines)
-    worst = [0.5, 0.3]  # of a run's pictures counts
-    assert lines["a"][0] == (f"1/2 (0.900 → 0.400 ± {statistics.stdev(worst):.3f})", None)
-    assert lines["c"][0][1] == 0 and lines["b"][0][1] == 1  # less is better
-    assert lines["a"][2] == (f"0.850 ± {statistics.stdev([0.9, 0.8]):.3f}", 0) and lines["b"][2][1] == 1  # more is better
-    assert lines["a"][4] == ("–", None)
-    assert {lines[row][3] for row in "abc"} == {("1.00 ± 0.00", None)}  # where all are equal, none is best
-    text = "\n".join(reproduce.markdown(table, reproduce.cells(table, reports)))
-    assert "**0.850 ± 0.071**" in text and "<u>0.700 ± 0.000</u>" in text and "SSIM ↑" in text and "FID_pre ↓" in text
-
-
-def test_cells_of_concepts_by_hand():
-    """The original's row is what was before; ood and related say it in their own cells, for they differ from row to row."""
-
-    def report(ca):
-        concepts = {"cat": {"kind": "target", "before": {"CA": 90.0, "CS": 1.0}, "after": {"CA": ca, "CS": 1.0, "FID": 2.0}}}
-        return {"task": "concept", "concepts": concepts, "kinds": {"ood": {"before": {"CA": 80.0}, "after": {"CA": ca / 2}}}}
-
-    rows = [("original", "original"), ("x", SimpleNamespace(name="x")), ("y", SimpleNamespace(name="y"))]
-    table = reproduce.Table("T", [("cat", "CA"), ("cat", "FID"), ("ood", "CA")], [("Erasing cat", ["cat"], rows)])
-    ((_, _, lines),) = reproduce.cells(table, {"x": [report(10.0), report(30.0)], "y": [report(40.0)]})
-    assert [text for text, _ in lines[0][1]] == ["90.0", "–", "–"]
-    assert [text for text, _ in lines[1][1]] == ["20.0 ± 14.1", "2.0 ± 0.0", "80.0 → 10.0 ± 7.1"]
-    assert [rank for _, rank in lines[1][1]] == [0, None, 0] and lines[2][1][2] == ("80.0 → 20.0", 1)
-
-
-def test_arrows_turn_with_what_is_erased():
-    assert reproduce.wanted(("pizza", "CA"), ["pizza"]) == -1 == -reproduce.wanted(("pizza", "CA"), ["cat"])
-    assert reproduce.wanted(("pizza", "FID"), ["pizza"]) == 1 == -reproduce.wanted(("pizza", "FID"), ["cat"])
-    assert reproduce.wanted(("ood", "CA"), []) == -1 and reproduce.wanted(("related", "CA"), []) == 1
-
-
-def test_gallery_shows_each_model_from_the_same_seeds(tiny, tmp_path):
-    """A line for the original and one for each row; a row whose run changed nothing equals the original's."""
-    job = reproduce.Job("same", "doco.py", [], ["concept", "--before", str(tiny)])
+@pytest.mark.slow
+def test_samples_of_each_model_are_of_the_same_seeds(tiny, tmp_path):
+    """A run that changed nothing generates the original model's images."""
     weights = load_file(tiny / "unet/diffusion_pytorch_model.safetensors")
     for name, factor in (("same", 1), ("other", -1)):
-        (tmp_path / f"{name}-0").mkdir()
-        save_file({n: factor * w for n, w in weights.items() if "conv_out" in n}, tmp_path / f"{name}-0/delta.safetensors")
-    rows = [("same", job), ("other", job._replace(name="other"))]
-    reproduce.gallery(SimpleNamespace(runs=tmp_path), rows, ["a cat", "pizza"], tmp_path / "gallery.png", each=1)
-    with Image.open(tmp_path / "gallery.png") as image:
-        original, same, other = (image.crop((150, 30 + k * 72, image.width, 102 + k * 72)).tobytes() for k in range(3))
-    assert original == same != other
-
-
-def test_trade_off_by_hand():
-    rows = [("original", "original"), ("x", SimpleNamespace(name="a"))]
-    table = reproduce.Table("T", reproduce.INSTANCE, [("", [], rows)])
-    names = reproduce.trade_off_points(table, {"a": [report([0.1, 0.5], 0.9), report([0.3], 0.8)]})
-    assert names[:3] == ("similarity", "SSIM", 0.4) and names[3] == [("x", "", [(0.5, 0.9), (0.3, 0.8)])]
-
-
-def test_picture_outside_the_training_set(tmp_path):
-    reproduce.outside_picture(tmp_path / "sun.png")
-    with Image.open(tmp_path / "sun.png") as image:
-        assert image.size == (32, 32) and image.mode == "RGB" and len(image.getcolors(1024)) > 20
-    assert not list(reproduce.HERE.glob("emoji/creatures/*sun-with-face*"))
+        (tmp_path / name).mkdir()
+        changed = {n: factor * w for n, w in weights.items() if "conv_out" in n}
+        save_file(changed, tmp_path / name / "delta.safetensors")
+    runs = [("same", tmp_path / "same"), ("other", tmp_path / "other")]
+    prompts = ["a cat", "pizza"]
+    grid = reproduce.sample_rows(str(tiny), runs, prompts, each=1)
+    assert [label for label, _ in grid] == ["original", "same", "other"]
+    original, same, other = (images for _, images in grid)
+    assert len(original) == 2 and not original[0].equal(original[1])
+    assert all(a.equal(b) for a, b in zip(original, same, strict=True))
+    assert not any(a.equal(b) for a, b in zip(original, other, strict=True))
