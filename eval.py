@@ -73,6 +73,7 @@ import diffusers
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import transformers
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 from PIL import ImageDraw
 from safetensors.torch import load_file, save_file
@@ -601,19 +602,24 @@ class Sampler:
 
     # The weights after unlearning
 
+    def find_weights(self, after):
+        """The file or folder of weights in a run folder or a pipeline folder; or fails."""
+        name = self.backbone.net_name
+        for part in (LORA, DELTA, f"pipeline/{name}", name):
+            if (after / part).exists():
+                return after / part
+        fail(
+            f"--after {after}: expected {DELTA}, pipeline/, {LORA} (a run folder) "
+            f"or {name}/ (a pipeline folder) there"
+        )
+
     def load_unlearned(self, after):
         """Loads the weights of a run folder (changed tensors, LoRA or pipeline) or a pipeline."""
-        name = self.backbone.net_name
-        folder = after / "pipeline" if (after / "pipeline").is_dir() else after
-        if (after / LORA).is_file():
+        weights = self.find_weights(after)
+        if weights.name == LORA:
             self._load_lora(after)
-        elif (after / DELTA).is_file() or (folder / name).is_dir():
-            self._load_weights(after, folder / name)
         else:
-            fail(
-                f"--after {after}: expected {DELTA}, pipeline/, {LORA} (a run folder) "
-                f"or {name}/ (a pipeline folder) there"
-            )
+            self._load_weights(after, weights)
         self._allow_cast_cache()
         self.key = None  # the cache is for the original model alone
 
@@ -629,13 +635,13 @@ class Sampler:
 
         self.strength = prompt_strength(after, self.pipe)
 
-    def _load_weights(self, after, net_folder):
-        """Loads changed tensors, or a whole network, into the network."""
+    def _load_weights(self, after, source):
+        """Loads changed tensors (a file) or a whole network (a folder) into the network."""
         try:
-            if (after / DELTA).is_file():
-                weights = load_file(after / DELTA)
+            if source.name == DELTA:
+                weights = load_file(source)
             else:
-                net = type(self.net).from_pretrained(net_folder, use_safetensors=True)
+                net = type(self.net).from_pretrained(source, use_safetensors=True)
                 weights = net.state_dict()
         except Exception as e:
             fail(f"--after {after}: the weights cannot be read: {first_line(e)}")
@@ -784,8 +790,19 @@ def evaluation_seeds(args, n):
     return [derive_seed(args.seed, "evaluation", k) for k in range(n)]
 
 
+def check_weights(sampler, after):
+    """Fails before an hour of sampling if there are no weights. The first process alone looks.
+
+    It may have just trained them, see evaluate(), and another machine may not see its disk yet.
+    """
+    rank, _ = rank_and_world()
+    if rank == 0:
+        sampler.find_weights(after)
+
+
 def sample_before_after(sampler, after, prompts, seeds, guidance=None):
     """{"before", "after": uint8 (n, 3, H, W)}. The sampler has the unlearned weights afterwards."""
+    check_weights(sampler, after)
     images = {"before": sampler.sample(prompts, seeds, "sampling before", guidance)}
     sampler.load_unlearned(after)
     images["after"] = sampler.sample(prompts, seeds, "sampling after", guidance)
@@ -1072,6 +1089,7 @@ def to_uint8(x):
 
 def probe_and_sample(args, sampler, x_f):
     """({when: [uint8 (4, 3, H, W) of each forget image]}, {when: uint8 (n, 3, H, W)})."""
+    check_weights(sampler, args.after)
     seeds = evaluation_seeds(args, args.num_images)
     prompts = None if sampler.ddpm else [args.prompt] * len(seeds)
     probes, samples = {}, {}
@@ -1379,9 +1397,11 @@ def evaluate(args):
 
     args: of parse_args; out, rank and device are filled in.
     """
-    # What our own checks cannot explain is an exception; the libraries' warnings are noise here,
-    # such as that a LoRA holds nothing for the text encoder
-    diffusers.logging.set_verbosity_error()
+    # What our own checks cannot explain is an exception; the libraries' warnings (a LoRA holds
+    # nothing for the text encoder) and their progress bars of loading would hide our own lines
+    for library in (diffusers, transformers):
+        library.logging.set_verbosity_error()
+        library.logging.disable_progress_bar()
     args.rank, world = rank_and_world()
     args.out = args.out or args.after
     args.device = pick_device()

@@ -184,7 +184,7 @@ def train(backbone, trained, x_f, x_s, remember_batch, n_remember, condition, ar
         """M, conditioned on the prompt of the images to forget."""
         return backbone.predict(xt, t, condition)
 
-    total = args.steps * len(x_f)
+    total = args.steps * len(x_f)  # the outer loop of Algorithm 1 is over the images
     recent = []  # statistics of the steps since the last logging step, still on the device
     progress = common.progress_bar(start, total, processes)
     with common.sigterm_flag() as stop_requested:
@@ -193,11 +193,13 @@ def train(backbone, trained, x_f, x_s, remember_batch, n_remember, condition, ar
             idx_r, idx_s, t, noise = sample_batch(step, n_remember, x_f, backbone, args, processes)
             a, b = coefficients(t, backbone.alpha_bar)  # (B, 1, 1, 1)
 
+            # Other images in every step: what is to be remembered is the whole data set.
             x_r = remember_batch(idx_r)  # (B, C, h, w)
             # "random" surrogates are other images to remember, new ones in every step (ours† of the
             # paper); they are read only if asked for.
             random = remember_batch(idx_s) if any(x is None for x in x_s) else None
             forget = forget_pairs(step, current, x_f, x_s, random, args.batch_size, processes)
+            # All rows of a pair show the same image, at B noise levels.
             g, stats = instance_step(
                 predict,
                 params,
@@ -260,12 +262,12 @@ def forget_pairs(step, current, x_f, x_s, random, batch_size, processes):
     """
     rows = common.local_slice(batch_size, processes)
     batches = [[current] * batch_size]  # for each pair, which image each row of it shows
-    if (
-        current > 0
-    ):  # step + j: over the steps, every earlier image has its turn at every noise level
+    if current > 0:
+        # Row i shows image (step + i) mod current: over the steps, every earlier image comes up at
+        # every noise level.
         batches.insert(0, [j % current for j in range(step, step + batch_size)])
     pairs = []
-    for forget_idx in (batch[rows] for batch in batches):
+    for forget_idx in (batch[rows] for batch in batches):  # [B], the slice of this process
         surrogates = [random[i] if x_s[j] is None else x_s[j] for i, j in enumerate(forget_idx)]
         pairs.append((x_f[forget_idx], torch.stack(surrogates)))
     return pairs
@@ -637,6 +639,7 @@ def remember_files(args, pixels_f):
 def make_surrogates(backbone, x_f, sample, timesteps, conditions, args, run, processes):
     """[K surrogates (C, h, w), or None for "random"], also written to OUT/surrogate-K.png."""
     condition = conditions[args.surrogate_prompt or args.prompt or ""]
+    # Below the sampler's last timestep, nothing would be sampled.
     if "sdedit" in args.surrogate and 1000 * args.strength < timesteps[-1]:
         fail(f"--strength {args.strength}: expected more, for one step of the sampler at least")
     x_s = []
@@ -680,6 +683,7 @@ def save(backbone, run):
         common.atomic_save(run.out / "pipeline", pipe=backbone.pipe)
     else:
         weights = get_peft_model_state_dict(backbone.net)
+        # load_lora_weights expects names that begin with unet. or transformer.
         lora = {f"{backbone.net_name}.{name}": p for name, p in weights.items()}
         file = run.out / "pytorch_lora_weights.safetensors"
         common.atomic_save(file, lora, metadata={"format": "pt"})

@@ -204,14 +204,14 @@ def load_feature_extractor(name, clip, device):
     """
     if name == "clip":
         return clip, clip.about
-    from torchmetrics.image.fid import FrechetInceptionDistance
-
     try:
+        from torchmetrics.image.fid import FrechetInceptionDistance
+
         net = FrechetInceptionDistance(feature=2048).inception.to(device)
-    except Exception as e:  # no torch-fidelity; no network
+    except Exception as e:  # no torch-fidelity, or no torchvision for it; no network
         fail(
-            "--features inception needs torch-fidelity (pip install torch-fidelity) and, the first "
-            f"time, a network for its weights; or take --features clip: {first_line(e)}"
+            f"--features inception needs torch-fidelity (pip install torch-fidelity torchvision) "
+            f"and, the first time, access to its weights; or take --features clip: {first_line(e)}"
         )
 
     def extract(images):

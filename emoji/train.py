@@ -20,7 +20,11 @@ Run (about five hours on two cores; an interrupted run is continued by the same 
 
     python emoji/train.py                 # fetches the images with npm unless emoji/images/ exists
     python emoji/train.py --report-only   # part 9 alone: scores the models, writes contact sheets
-    python emoji/train.py --scale 0.01 --out runs/small --work runs/small-work   # a quick trial
+
+A trial that leaves the embedded models alone (a copy of emoji/images/ saves the download):
+
+    mkdir -p runs/trial && cp -r emoji/images runs/trial
+    python emoji/train.py --scale 0.01 --out runs/trial --work runs/trial/work
 
 All randomness derives from (--seed, part, step), so a resumed run repeats the uninterrupted one.
 
@@ -559,8 +563,7 @@ def save_checkpoint(path, step, optimizer, **modules):
     for i, state in optimizer.state_dict()["state"].items():
         for key, tensor in state.items():
             tensors[f"adam/{i}/{key}"] = tensor
-    # safetensors refuses tensors that share memory
-    # and those that are not contiguous
+    # safetensors refuses tensors that share memory, and those that are not contiguous.
     tensors = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(tensors, f"{path}.tmp", {"step": str(step)})
@@ -937,6 +940,7 @@ def train_unet(args, data, latents, vae, text_encoder, tokenizer):
     unet = make_unet(text_encoder.config.hidden_size).to(args.device)
     model = torch.nn.ModuleDict({"unet": unet, "text_encoder": text_encoder})
     # The text encoder is pre-trained. A tenth of the learning rate keeps synonyms close together.
+    # In Stable Diffusion it is frozen; here it has seen a thousand steps, and still has to learn.
     optimizer = adamw((unet, 7e-4), (text_encoder, 7e-5))
     ema = moving_average(model, 0.999)
     checkpoint = args.work / "unet.safetensors"
@@ -959,6 +963,7 @@ def train_unet(args, data, latents, vae, text_encoder, tokenizer):
         texts = drop_captions(texts, rng)
         noise = torch.randn(z.shape, generator=g).to(z.device)
         t = torch.randint(0, 1000, (len(z),), generator=g).to(z.device)  # (B,)
+        # Every image has its own noise and its own timestep.
         zt = add_noise(z, noise, alpha_bar[t])
         ids = tokenize(tokenizer, texts, args.device)
         with bf16(args.device):
@@ -1206,6 +1211,8 @@ def train_sd3(args, data, latents, vae, tokenizer):
             rows, pooled = encode_captions(model, ids)
             # 1000 s: the timestep as the transformer's embedding expects it
             v = transformer(zs, rows, pooled, 1000 * sigma).sample
+        # Flow matching: the velocity of the straight path from z to the noise. It is the same at
+        # all s; all weighting is in how s is sampled.
         loss = F.mse_loss(v.float(), noise - z)
         cosine_lr(optimizer, step, steps)
         optimize(loss, optimizer)
@@ -1219,6 +1226,7 @@ def train_sd3(args, data, latents, vae, tokenizer):
 
 def save_sd3(folder, model, vae, tokenizer):
     """Writes a StableDiffusion3Pipeline without T5 in half precision. model: see train_sd3."""
+    # Stable Diffusion 3 shifts its latents before it scales them; the autoencoder of sd/ does not.
     vae = half(vae)
     vae.register_to_config(shift_factor=0.0, _name_or_path="")
     pipe = StableDiffusion3Pipeline(
@@ -1264,6 +1272,7 @@ def distort(x, g):
     x = x.roll((dy, dx), (-2, -1))
     r = torch.rand(len(x), 4, 1, 1, 1, generator=g)
     rough = F.interpolate(F.avg_pool2d(x, 2), scale_factor=2, mode="bicubic")
+    # Half of the images lose half of their resolution; the other distortions are of any strength.
     x = torch.where(r[:, 0] < 0.5, rough, x)
     blurred = F.avg_pool2d(F.pad(x, (2,) * 4, "replicate"), 5, 1)
     x = torch.lerp(x, blurred, r[:, 1])
@@ -1477,6 +1486,7 @@ def report_ddpm(args, x0, n=60):
         large = F.interpolate(x.to(device), (SIZE, SIZE), mode="bicubic", antialias=True)
         return F.normalize(net(large.clamp(-1, 1)).image_embeds, dim=-1)
 
+    # One generator for all that follows: the order of the samples is part of the result.
     _, g = generators(args.seed, "report ddpm")
     x = x0[torch.randperm(len(x0), generator=g)[:n]]
     noise = torch.randn(x.shape, generator=g)
@@ -1519,6 +1529,7 @@ def train(args, data, images):
         os.replace(f"{folder}.tmp", folder)
     tokenizer = CLIPTokenizer.from_pretrained(folder)
     vae = train_vae(args, data, images)
+    # The last two numbers: width of the text encoder, width of the image encoder.
     scorer = train_clip(args, data, images, tokenizer, "scorer", 128, 160)
     save_clip(scorer, tokenizer, args.out / "clip")
     reader = train_clip(args, data, images, tokenizer, "reader", 192, 128)
@@ -1526,6 +1537,7 @@ def train(args, data, images):
     latents = cache_latents(args, vae, images, data)
     train_unet(args, data, latents, vae, text_encoder, tokenizer)
     train_ddpm(args, write_creatures(args.out / "creatures", data, images))
+    # 32 tokens are enough for every caption here, and cost less than 77 in joint attention.
     short_tokenizer = CLIPTokenizer.from_pretrained(folder, model_max_length=32)
     train_sd3(args, data, latents, vae, short_tokenizer)
     train_copy_detector(args, data, images)
@@ -1544,6 +1556,7 @@ def main(args):
     sd = StableDiffusionPipeline.from_pretrained(args.out / "sd", dtype=fp32)
     sd.scheduler = DPMSolverMultistepScheduler.from_config(sd.scheduler.config)
     sd3 = StableDiffusion3Pipeline.from_pretrained(args.out / "sd3", dtype=fp32, **NO_T5)
+    # Written again: --report-only has not trained, and the files are always the same.
     x0 = write_creatures(args.out / "creatures", data, images)
     result = {
         "sd": report(args, data, images, sd.to(args.device), "sd", 600),

@@ -1,21 +1,26 @@
-"""How long does a step take, and how much memory? The loops of doco.py and instance_unlearn.py against the passes they need.
+"""The time and the memory of a training step: ours, the least it could take, and a naive baseline.
 
-    python bench.py doco                                                         # on emoji/sd
-    python bench.py instance                                                     # on emoji/ddpm
-    python bench.py doco --arch sd-v1-4 --batch-size 1 --steps 3                 # random weights at the real size, no download
-    python bench.py instance --arch ddpm-celebahq-256 --batch-size 1 --steps 3
-    python bench.py instance --arch sd3-medium --batch-size 1 --steps 2
-    python bench.py build --arch sd-v1-4 --out runs/sd-v1-4                      # the folder alone, with all that a hub's has
+    python -m experiments.bench doco                          # on emoji/sd
+    python -m experiments.bench instance                      # on emoji/ddpm
+    python -m experiments.bench doco --arch sd-v1-4 --batch-size 1 --steps 3
+    python -m experiments.bench instance --arch ddpm-celebahq-256 --batch-size 1 --steps 3
+    python -m experiments.bench instance --arch sd3-medium --batch-size 1 --steps 2
+    python -m experiments.bench build --arch sd-v1-4 --out runs/sd-v1-4      # the folder alone
 
-Three ways, in turns within one process, so that a busy machine slows all of them alike; medians over the steps:
+--arch builds a model of the real size with random weights, from its published configuration: time
+and memory do not depend on the values of the weights, and nothing is downloaded. Three ways:
 
-    ours    the loop of the script itself; this file only looks at the clock between its iterations
-    passes  the bare passes of the network that a step needs, forward and backward, and nothing else
-    plain   the straightforward way, as in DoCo's released code: a second network for the original model, pictures to forget and
-            to keep in one pass forward, two ways back through its retained graph, surgery tensor by tensor
+    ours    doco_step or instance_step, and the steps of the optimizers
+    passes  the passes of the network that such a step needs, forward and backward, and nothing else
+    naive   as in DoCo's released code: a second network for the original model, images to unlearn
+            and to retain in one forward pass, two backward passes through its graph, which stays
+            in memory, and gradient surgery tensor by tensor
 
-and the surgery alone, on vectors as long as what is trained. Peak memory is that of a process of its own for each way, during
-its steps: on a GPU what torch allocates, elsewhere what the process holds, less what Python and its libraries hold alone.
+All on random tensors, with learning rates of 0. The ways take turns within one process, so that a
+busy machine slows all of them alike; the report has medians over steps, and the gradient surgery
+alone, on vectors as long as what is trained. Peak memory is that of a process per way, during its
+steps: on a GPU what torch allocates, elsewhere (Linux) what the process holds, less what Python and
+its libraries hold before the model is loaded.
 """
 
 import argparse
@@ -27,6 +32,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import namedtuple
 from pathlib import Path
 
 import torch
@@ -35,7 +41,6 @@ from diffusers import (
     AutoencoderKL,
     DDPMPipeline,
     DDPMScheduler,
-    DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
     PNDMScheduler,
     SD3Transformer2DModel,
@@ -45,7 +50,6 @@ from diffusers import (
     UNet2DModel,
 )
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
-from tqdm import tqdm
 from transformers import (
     CLIPConfig,
     CLIPImageProcessorPil,
@@ -57,326 +61,574 @@ from transformers import (
 
 import doco
 import instance_unlearn
-from common import fail, load_pipeline
+from backbones import coefficients, load_backbone, stack_conditions
+from common import REPO, HelpFormatter, fail
 from discriminator import patchgan
-from gradsurgery import forget_only, lambda_projection
+from gradsurgery import forget_only, lambda_projection, write_grad
+from metrics import display_path
 
-HERE = Path(__file__).resolve().parent
-ARCHS = ("sd-v1-4", "sd3-medium", "ddpm-celebahq-256")
-WAYS = ("ours", "passes", "plain")
-
-
-def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("what", choices=("doco", "instance", "build"))
-    p.add_argument("--model", help="folder or hub id (default: emoji/sd, emoji/ddpm)")
-    p.add_argument("--arch", choices=ARCHS, help="in place of --model: random weights in the shapes of that model")
-    p.add_argument("--resolution", type=int, help="pixels of a side (default: the model's own)")
-    p.add_argument("--batch-size", type=int, default=8)
-    p.add_argument("--steps", type=int, default=20)
-    p.add_argument("--only", choices=WAYS, help="one way alone, for its memory; prints a line of JSON")
-    p.add_argument("--out", type=Path, help="of build: the folder")
-    return p.parse_args(argv)
+WAYS = ("ours", "passes", "naive")
 
 
-# ---- 1. the papers' models with random weights, from their published configurations ---------------------------------
+# ---- 1. the papers' models with random weights, from their published configurations -------------
 
 
-def clip_text(cls, tokenizer, hidden, layers, heads, projection, act="quick_gelu"):
-    config = CLIPTextConfig(vocab_size=49408, hidden_size=hidden, intermediate_size=4 * hidden, num_hidden_layers=layers,
-                            num_attention_heads=heads, projection_dim=projection, hidden_act=act,
-                            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)  # fmt: skip
+def clip_text(cls, tokenizer, hidden, layers, heads, act="quick_gelu"):
+    """A CLIP text encoder with random weights.
+
+    hidden: its width, also that of its projection. act: the activation, quick_gelu in OpenAI's.
+    """
+    config = CLIPTextConfig(
+        vocab_size=49408,
+        hidden_size=hidden,
+        intermediate_size=4 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        projection_dim=hidden,
+        hidden_act=act,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
     return cls(config)
 
 
-def vae(**kwargs):
-    return AutoencoderKL(down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-                         block_out_channels=(128, 256, 512, 512), layers_per_block=2, **kwargs)  # fmt: skip
+def vae(**options):
+    """The autoencoder of Stable Diffusion, 84 million weights. options: of AutoencoderKL."""
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(128, 256, 512, 512),
+        layers_per_block=2,
+        **options,
+    )
+
+
+def ddpm_celebahq_256(tokenizer, safety):
+    """google/ddpm-celebahq-256: 114 million weights, pixels of 256x256. Takes no prompt.
+
+    The last five options are of its config.json and not the defaults of today.
+    """
+    down = ["DownBlock2D"] * 6
+    down[4] = "AttnDownBlock2D"
+    up = ["UpBlock2D"] * 6
+    up[1] = "AttnUpBlock2D"
+    unet = UNet2DModel(
+        sample_size=256,
+        block_out_channels=(128, 128, 256, 256, 512, 512),
+        layers_per_block=2,
+        down_block_types=down,
+        up_block_types=up,
+        downsample_padding=0,
+        flip_sin_to_cos=False,
+        freq_shift=1,
+        norm_eps=1e-6,
+        attention_head_dim=None,
+    )
+    return DDPMPipeline(unet, DDPMScheduler())
+
+
+def safety_checker():
+    """The safety checker of Stable Diffusion 1.x, a CLIP ViT-L/14."""
+    vision = {
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "patch_size": 14,
+    }
+    return StableDiffusionSafetyChecker(CLIPConfig(projection_dim=768, vision_config=vision))
+
+
+def sd_v1_4(tokenizer, safety):
+    """CompVis/stable-diffusion-v1-4: a UNet of 860 million weights, latents of 64x64.
+
+    attention_head_dim is the number of heads here, 8: a mistake of diffusers that lives on in the
+    configurations of the hub.
+    """
+    scheduler = PNDMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        skip_prk_steps=True,
+        steps_offset=1,
+    )
+    scheduler.register_to_config(clip_sample=False)  # as in the hub's folder
+    return StableDiffusionPipeline(
+        vae=vae(sample_size=512),
+        text_encoder=clip_text(CLIPTextModel, tokenizer, 768, 12, 12),
+        tokenizer=tokenizer,
+        unet=UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8),
+        scheduler=scheduler,
+        safety_checker=safety_checker() if safety else None,
+        feature_extractor=CLIPImageProcessorPil() if safety else None,
+        requires_safety_checker=safety,
+    )
+
+
+def sd3_medium(tokenizer, safety):
+    """stabilityai/stable-diffusion-3-medium: 2 billion weights, latents of 128x128.
+
+    Without T5, which a step does not use: diffusers fills its rows of the condition with zeros.
+    """
+    transformer = SD3Transformer2DModel(
+        sample_size=128,
+        patch_size=2,
+        in_channels=16,
+        out_channels=16,
+        num_layers=24,
+        attention_head_dim=64,
+        num_attention_heads=24,
+        joint_attention_dim=4096,
+        caption_projection_dim=1536,
+        pooled_projection_dim=2048,
+        pos_embed_max_size=192,
+    )
+    autoencoder = vae(
+        latent_channels=16,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        shift_factor=0.0609,
+        scaling_factor=1.5305,
+        sample_size=1024,
+    )
+    encoder = CLIPTextModelWithProjection
+    return StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=autoencoder,
+        tokenizer=tokenizer,
+        text_encoder=clip_text(encoder, tokenizer, 768, 12, 12),
+        tokenizer_2=tokenizer,
+        text_encoder_2=clip_text(encoder, tokenizer, 1280, 32, 20, "gelu"),
+        tokenizer_3=None,
+        text_encoder_3=None,
+    )
+
+
+ARCHS = {
+    "sd-v1-4": sd_v1_4,
+    "sd3-medium": sd3_medium,
+    "ddpm-celebahq-256": ddpm_celebahq_256,
+}
 
 
 def assemble(arch, safety=True):
-    """A pipeline of the real size. The tokenizer is emoji/sd's, whose ids are below the 49,408 of the text encoder."""
-    tokenizer = CLIPTokenizer.from_pretrained(HERE / "emoji/sd", subfolder="tokenizer")
-    if arch == "ddpm-celebahq-256":
-        down, up = ["DownBlock2D"] * 6, ["UpBlock2D"] * 6
-        down[4], up[1] = "AttnDownBlock2D", "AttnUpBlock2D"
-        unet = UNet2DModel(sample_size=256, block_out_channels=(128, 128, 256, 256, 512, 512), layers_per_block=2,
-                           down_block_types=down, up_block_types=up, downsample_padding=0, flip_sin_to_cos=False, freq_shift=1,
-                           norm_eps=1e-6, attention_head_dim=None)  # fmt: skip
-        return DDPMPipeline(unet, DDPMScheduler())
-    if arch == "sd-v1-4":
-        scheduler = PNDMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True,
-                                  steps_offset=1)  # fmt: skip
-        scheduler.register_to_config(clip_sample=False)  # as in the hub's folder
-        checker = StableDiffusionSafetyChecker(CLIPConfig(
-            projection_dim=768, vision_config=dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24,
-                                                   num_attention_heads=16, patch_size=14))) if safety else None  # fmt: skip
-        return StableDiffusionPipeline(
-            vae=vae(sample_size=512), text_encoder=clip_text(CLIPTextModel, tokenizer, 768, 12, 12, 768), tokenizer=tokenizer,
-            unet=UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8), scheduler=scheduler,
-            safety_checker=checker, feature_extractor=CLIPImageProcessorPil() if safety else None,
-            requires_safety_checker=safety)  # fmt: skip
-    transformer = SD3Transformer2DModel(sample_size=128, patch_size=2, in_channels=16, num_layers=24, attention_head_dim=64,
-                                        num_attention_heads=24, joint_attention_dim=4096, caption_projection_dim=1536,
-                                        pooled_projection_dim=2048, out_channels=16, pos_embed_max_size=192)  # fmt: skip
-    return StableDiffusion3Pipeline(
-        transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), tokenizer=tokenizer,
-        vae=vae(latent_channels=16, use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.0609,
-                scaling_factor=1.5305, sample_size=1024),
-        text_encoder=clip_text(CLIPTextModelWithProjection, tokenizer, 768, 12, 12, 768), tokenizer_2=tokenizer,
-        text_encoder_2=clip_text(CLIPTextModelWithProjection, tokenizer, 1280, 32, 20, 1280, "gelu"),
-        text_encoder_3=None, tokenizer_3=None)  # fmt: skip
+    """A pipeline of the real size, with random weights of PyTorch's own initialisation.
+
+    safety: with its safety checker, where it has one. The tokenizer is that of emoji/sd: its ids
+    are below the 49,408 of CLIP's vocabulary.
+    """
+    tokenizer = CLIPTokenizer.from_pretrained(REPO / "emoji/sd", subfolder="tokenizer")
+    return ARCHS[arch](tokenizer, safety)
 
 
 def build(arch, folder, safety=True):
-    """Writes a pipeline folder of the real size with random weights, in half precision as on the hub."""
+    """Writes a pipeline folder of the real size, in half precision as on the hub. Returns it.
+
+    Sizes on disk: DDPM 0.2 GB, Stable Diffusion 2.7 (without safety checker 2.1), SD 3 about 6.
+    """
     torch.manual_seed(0)
     assemble(arch, safety).to(torch.float16).save_pretrained(folder)
     return folder
 
 
-# ---- 2. the three ways ------------------------------------------------------------------------------------------------
+# ---- 2. the three ways --------------------------------------------------------------------------
+
+# A way is a function without arguments that does one step; everything it needs is made beforehand.
+# Nothing of a step is repeated here but what the scripts' own loops do around doco_step and
+# instance_step: the steps of the optimizers. Left out are the reading of images, random numbers,
+# the log and checkpoints.
+
+# what: "doco" or "instance". backbone: on the device, without VAE and text encoders. params: what
+# is trained. condition: on a prompt, of one row. shape: of a latent, (C, h, w). batch_size: of the
+# images to unlearn; there are as many to retain.
+Bench = namedtuple("Bench", "what backbone params condition shape batch_size")
 
 
-def now(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
+def load(args, device):
+    """Loads a model as the script does, and makes trainable what it trains. Returns a Bench.
 
-
-def resident():
-    """Bytes that the process holds at most since the last forget_peak(), on Linux."""
-    return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
-
-
-def forget_peak():
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        ctypes.CDLL(None).malloc_trim(0)  # what was freed goes back first
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak():
-    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resident()
-
-
-def take_turns(script, before_each, record, device):
-    """Lets the script's own training loop run, and before each of its iterations calls before_each(). Times go to record."""
-
-    class Turns(tqdm):
-        def __iter__(self):
-            for i, item in enumerate(super().__iter__()):
-                if self.desc.startswith("unlearning"):
-                    before_each(i)
-                    began = now(device)
-                    yield item  # one iteration of the script
-                    record(now(device) - began)
-                else:
-                    yield item
-
-    script.tqdm = Turns
-
-
-def network(args, device):
-    """The network that is trained, its trained weights, and what it takes beside the noisy picture, for a batch of n."""
-    pipe = load_pipeline(args.model, dtype=torch.float32)
-    net = (pipe.transformer if hasattr(pipe, "transformer") else pipe.unet).requires_grad_(False).eval().to(device)
-    conditions = {}
-    if isinstance(net, UNet2DConditionModel):
-        conditions = {"encoder_hidden_states": torch.randn(1, 77, net.config.cross_attention_dim, device=device)}
-    elif isinstance(net, SD3Transformer2DModel):
-        conditions = {"encoder_hidden_states": torch.randn(1, 333, net.config.joint_attention_dim, device=device),
-                      "pooled_projections": torch.randn(1, net.config.pooled_projection_dim, device=device)}  # fmt: skip
+    doco: keys and values of the cross-attention. instance: a LoRA, or the whole network of a DDPM.
+    """
+    backbone = load_backbone(args.model)
+    resolution = backbone.check_resolution(args.resolution)
+    condition = backbone.encode_prompts([""], device)[""]
+    backbone.to(device)
+    backbone.pipe = None  # frees the VAE, as the scripts do: a step needs the network alone
     if args.what == "doco":
-        params = [p.requires_grad_() for n, p in net.named_parameters() if re.search(doco.TRAINED["kv"], n)]
-    elif isinstance(net, UNet2DModel):
-        params = list(net.requires_grad_().parameters())
+        settings = doco.parse_args(["--target", "a", "--anchor", "b"])
+        pattern = doco.TRAINABLE[settings.train_method]
+        params = [p for n, p in backbone.net.named_parameters() if re.search(pattern, n)]
+        for p in params:
+            p.requires_grad_()
     else:
-        config = instance_unlearn.LoraConfig(r=16, lora_alpha=16, target_modules=instance_unlearn.LORA[type(pipe).__name__])
-        net.add_adapter(config)
-        params = [p for p in net.parameters() if p.requires_grad]
-    side = args.resolution // getattr(pipe, "vae_scale_factor", 1) if args.resolution else net.config.sample_size
-    shape = (net.config.in_channels, side, side)
-
-    def predict(net, x, t):
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            return net(x, timestep=t, **{k: v.expand(len(x), *v.shape[1:]) for k, v in conditions.items()}).sample.float()
-
-    return net, params, shape, predict
+        settings = instance_unlearn.parse_args(["--forget", "image.png"])
+        params = list(instance_unlearn.trainable_weights(backbone, settings).values())
+    shape = backbone.latent_shape(resolution)
+    return Bench(args.what, backbone, params, condition, shape, args.batch_size)
 
 
-def bare_passes(args, device, parts):
-    """A step's passes of the network and nothing else: doco 3 forward and 2 back, instance 2 and 2. parts: of network()."""
-    net, params, shape, predict = parts
-    x, t = torch.randn(args.batch_size, *shape, device=device), torch.full((args.batch_size,), 500, device=device)
+def random_batch(bench, n):
+    """Latents (n, C, h, w), noise of the same shape, and timesteps (n,): 500 for all.
+
+    Random latents: what a pass costs does not depend on what the image shows.
+    """
+    device = bench.backbone.device
+    x0, noise = torch.randn(2, n, *bench.shape, device=device)
+    return x0, noise, torch.full((n,), 500, device=device)
+
+
+def model_optimizer(params):
+    """The optimizer of the scripts, with a learning rate of 0.
+
+    It does the work of a real one and changes nothing: random gradients would soon make the weights
+    infinite, and the ways share one model.
+    """
+    return torch.optim.AdamW(params, lr=0.0, fused=True)
+
+
+def disc_and_optimizer(bench):
+    """The discriminator of DoCo, and its optimizer."""
+    disc = patchgan(bench.shape[-1], bench.shape[0]).to(bench.backbone.device)
+    return disc, torch.optim.Adam(disc.parameters(), lr=0.0, fused=True)
+
+
+def doco_way(bench):
+    """A step of doco.py, after its warm-up: three forward and two backward passes.
+
+    The original model is the trained one with other weights, so that one network is in memory.
+    """
+    backbone, params = bench.backbone, bench.params
+    optimizer = model_optimizer(params)
+    disc, opt_disc = disc_and_optimizer(bench)
+    originals = [p.detach().clone() for p in params]
+    rows = stack_conditions([bench.condition] * bench.batch_size)  # as the script has them
+    x0, noise, t = random_batch(bench, bench.batch_size)
+    batch_f = doco.ForgetBatch(x0, noise, t, rows, rows, noise)
+    batch_r = doco.RetainBatch(x0, noise, t, rows)
+
+    def predict_original(xt, t, condition):
+        """The original model, as in doco.train."""
+        doco.swap_weights(params, originals)
+        eps = backbone.predict(xt, t, condition)
+        doco.swap_weights(params, originals)
+        return eps
 
     def step():
-        if args.what == "doco":
-            with torch.no_grad():
-                predict(net, x, t)
-        for _ in range(2):
-            torch.autograd.grad(predict(net, x, t).square().mean(), params)
+        """Gradients and both optimizers' steps."""
+        update = doco.doco_step(
+            backbone.predict,
+            predict_original,
+            disc,
+            params,
+            backbone.alpha_bar,
+            batch_f,
+            batch_r,
+        )
+        doco.optimizer_step(optimizer, params, update.g)
+        write_grad(disc.parameters(), update.g_d)
+        opt_disc.step()
 
     return step
 
 
-def plain_step(args, device, parts, second=True):
-    """DoCo's released way, with exact Eq. 10; for one picture, the same without the second network and the discriminator."""
-    net, params, shape, predict = parts
-    is_doco = args.what == "doco"
-    # For the time alone, the network itself serves as the original: lr is 0, the work is the same
-    original = network(args, device)[0].requires_grad_(False) if is_doco and second else net
-    x, t = torch.randn(2 * args.batch_size, *shape, device=device), torch.full((2 * args.batch_size,), 500, device=device)
-    optimizer, eps = torch.optim.AdamW(params, lr=0.0), torch.randn_like(x[: args.batch_size])
-    disc = patchgan(shape[1], shape[0]).to(device) if is_doco else None
-    opt_disc = torch.optim.Adam(disc.parameters(), lr=0.0) if is_doco else None
+def instance_way(bench):
+    """A step of instance_unlearn.py for one image to unlearn: two forward, two backward passes."""
+    backbone, params = bench.backbone, bench.params
+    optimizer = model_optimizer(params)
+    x0, noise, t = random_batch(bench, bench.batch_size)
+    a, b = coefficients(t, backbone.alpha_bar)
+    lam_t = instance_unlearn.lambda_t(t, 5e-5, None)  # the paper's beta; any number would do
+
+    def predict(xt, t):
+        """The model, conditioned on the empty prompt."""
+        return backbone.predict(xt, t, bench.condition)
 
     def step():
-        says, says_r = predict(net, x, t).chunk(2)
-        loss_r = F.mse_loss(says_r, eps)
-        if is_doco:
+        """The gradient and the optimizer's step."""
+        g, _ = instance_unlearn.instance_step(
+            predict,
+            params,
+            x0,
+            [(x0, -x0)],
+            noise,
+            t,
+            a,
+            b,
+            lam_t,
+            backbone.prediction_type,
+        )
+        write_grad(params, g)
+        optimizer.step()
+
+    return step
+
+
+def bare_passes(bench):
+    """The passes that a step cannot do without, and nothing else: a lower bound.
+
+    doco: three forward (retain, anchor, target) and two backward; instance: two and two.
+    """
+    x0, _, t = random_batch(bench, bench.batch_size)
+
+    def step():
+        """The passes, one after another: each graph is freed before the next one is built."""
+        if bench.what == "doco":
             with torch.no_grad():
-                anchor = predict(original, x[: args.batch_size], t[: args.batch_size])
-            loss_f = doco.loss_unlearn(disc, says)
+                bench.backbone.predict(x0, t, bench.condition)
+        for _ in range(2):
+            loss = bench.backbone.predict(x0, t, bench.condition).square().mean()
+            torch.autograd.grad(loss, bench.params)
+
+    return step
+
+
+def surgery_per_tensor(g_f, g_r, add_retain):
+    """Projects the gradient of one tensor where it conflicts, with the exact Eq. 10 of DoCo.
+
+    `if` reads a value from the device: on a GPU, a wait per tensor.
+    """
+    dot = (g_r * g_f).sum()
+    if dot < 0:
+        g_f = g_f - dot / g_r.square().sum() * g_r
+    return g_f + g_r if add_retain else g_f
+
+
+def naive_step(bench, original):
+    """The step of DoCo's released code; for instances, the same without second network and D.
+
+    One forward pass of twice the batch in place of two. It holds the activations of both halves at
+    once, and each backward pass goes through the whole graph, zeros of the other half included.
+    original: the backbone of the second network, for doco.
+    """
+    backbone, params, n = bench.backbone, bench.params, bench.batch_size
+    is_doco = bench.what == "doco"
+    x0, noise, t = random_batch(bench, 2 * n)  # images to unlearn and to retain, in one batch
+    optimizer = model_optimizer(params)
+    if is_doco:
+        disc, opt_disc = disc_and_optimizer(bench)
+
+    def step():
+        """Both losses from one forward pass; retain_graph keeps its graph for the second one."""
+        eps_f, eps_r = backbone.predict(x0, t, bench.condition).chunk(2)
+        loss_r = F.mse_loss(eps_r, noise[n:])
+        if is_doco:  # the discriminator is shown the predictions: half of the batch, as ours
+            with torch.no_grad():
+                eps_anchor = original.predict(x0[:n], t[:n], bench.condition)
+            loss_f = doco.loss_unlearn(disc(eps_f))
         else:
-            loss_f = F.mse_loss(says, eps)
-        grads = []
+            loss_f = F.mse_loss(eps_f, noise[:n])
+        gradients = []  # two copies of all gradients, list by list
         for loss in (loss_r, loss_f):
             optimizer.zero_grad()
             loss.backward(retain_graph=True)
-            grads.append([p.grad.clone() for p in params])
-        for p, g_r, g_f in zip(params, *grads, strict=True):
-            dot = (g_r * g_f).sum()
-            p.grad = g_f - dot / g_r.square().sum() * g_r if dot < 0 else g_f
-            p.grad = p.grad if is_doco else p.grad + g_r
+            gradients.append([p.grad.clone() for p in params])
+        for p, g_r, g_f in zip(params, *gradients, strict=True):
+            p.grad = surgery_per_tensor(g_f, g_r, add_retain=not is_doco)
         optimizer.step()
         if is_doco:
             opt_disc.zero_grad()
-            doco.loss_discriminator(disc, anchor, says.detach()).backward()
+            logits_anchor, logits_target = disc(eps_anchor), disc(eps_f.detach())
+            doco.loss_discriminator(logits_anchor, logits_target).backward()
             opt_disc.step()
 
     return step
 
 
-def pixels_of(model):
-    """The side of the model's own images, from the configs of a folder (also a flat one, as old DDPMs have it) or hub id."""
-    index = DiffusionPipeline.load_config(model)
-    part = "transformer" if "transformer" in index else "unet"
+def make_step(way, bench, original):
+    """The step of a way: a function without arguments. original: see naive_step."""
+    if way == "passes":
+        return bare_passes(bench)
+    if way == "naive":
+        return naive_step(bench, original)
+    return doco_way(bench) if bench.what == "doco" else instance_way(bench)
+
+
+# ---- 3. time and memory -------------------------------------------------------------------------
+
+
+def seconds_of(step, device):
+    """The seconds of one call; on a GPU, until its work is done."""
+    began = now(device)
+    step()
+    return now(device) - began
+
+
+def now(device):
+    """A clock in seconds that waits for a GPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def interleave(steps, n, device):
+    """{way: [n seconds]} of {way: step}: one step of each way, n times in turn.
+
+    One way after the other would compare hours as much as ways, where others use the machine too.
+    """
+    seconds = {way: [] for way in steps}
+    for _ in range(n):
+        for way, step in steps.items():
+            seconds[way].append(seconds_of(step, device))
+    return seconds
+
+
+def resident():
+    """The most bytes that this process held since the last reset_peak_memory(), on Linux.
+
+    VmHWM is the kernel's "high water mark" of the resident set size.
+    """
     try:
-        side = UNet2DModel.load_config(model, subfolder=part)["sample_size"]
-    except OSError:  # a flat folder: the network's files lie beside model_index.json
-        side = UNet2DModel.load_config(model)["sample_size"]
-    if "vae" in index:
-        side *= 2 ** (len(AutoencoderKL.load_config(model, subfolder="vae")["block_out_channels"]) - 1)
-    return side
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        fail("memory is measured on Linux or on a GPU")
+    return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) * 1024
 
 
-def run_script(args, before_each, record, device):
-    """The script itself, in a folder of its own, for args.steps iterations; random latents stand for the sampled images."""
-    script = doco if args.what == "doco" else instance_unlearn
-    take_turns(script, before_each, record, device)
-    doco.sample_anchor_latents = lambda pipe, emb, pairs, n, size, *_: torch.randn(n, pipe.unet.config.in_channels, size, size)
-    instance_unlearn.draw_pool = lambda draw, n, shape, *_: torch.randn(n, *shape)
-    with tempfile.TemporaryDirectory() as folder:
-        out, side = Path(folder) / "run", args.resolution or pixels_of(args.model)
-        common = ["--model", str(args.model), "--batch-size", str(args.batch_size), "--out", str(out)]
-        common += ["--resolution", str(side)]
-        if args.what == "doco":
-            what = ["--target", "Grumpy Cat", "--anchor", "Cat", "--steps", str(args.steps), "0"]
-        else:
-            picture = Path(folder) / "picture.png"
-            instance_unlearn.to_image(torch.rand(3, side, side) * 2 - 1).save(picture)
-            what = ["--forget", str(picture), "--surrogate", "flip", "--remember", f"generate:{args.batch_size}",
-                    "--steps", str(args.steps)]  # fmt: skip
-        script.unlearn(script.parse_args([*what, *common]))
-
-
-# ---- 3. the table -----------------------------------------------------------------------------------------------------
-
-
-def only(args, device):
-    """One way alone: its seconds per step and its peak memory, as a dict."""
-    base, times = (0 if device.type == "cuda" else resident()), []
-    if args.only == "ours":
-        run_script(args, lambda i: forget_peak() if i == 0 else None, times.append, device)
+def reset_peak_memory(device):
+    """Starts a new measurement of peak_memory."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     else:
-        step = (bare_passes if args.only == "passes" else plain_step)(args, device, network(args, device))
-        forget_peak()
-        for _ in range(args.steps):
-            began = now(device)
-            step()
-            times.append(now(device) - began)
-    return {"way": args.only, "seconds": times, "bytes": peak() - base}
+        ctypes.CDLL(None).malloc_trim(0)  # first, what was freed goes back to the system
+        Path("/proc/self/clear_refs").write_text("5")  # 5: VmHWM falls to the present size
+
+
+def peak_memory(device):
+    """Bytes, the most since the last reset_peak_memory()."""
+    return torch.cuda.max_memory_allocated() if device.type == "cuda" else resident()
+
+
+# ---- 4. the report ------------------------------------------------------------------------------
 
 
 def count(params):
+    """The number of weights."""
     return sum(p.numel() for p in params)
 
 
-def time_surgery(args, params, device):
-    """Median seconds of one surgery on vectors as long as what is trained."""
-    g_f, g_r = (torch.randn(count(params), device=device) for _ in range(2))
-    times = []
-    for _ in range(7):
-        began = now(device)
-        lambda_projection(g_f, g_r) if args.what == "doco" else forget_only(g_f, g_r)
-        times.append(now(device) - began)
-    return statistics.median(times)
+def measure_memory(args, device):
+    """The peak memory of the steps of args.only in this process, in bytes.
+
+    Without what Python and the libraries hold; with the weights, gradients, optimizer states and
+    activations. Building the model needs more than a step, so the measurement starts after it.
+    """
+    base = 0 if device.type == "cuda" else resident()
+    bench = load(args, device)
+    second = args.only == "naive" and args.what == "doco"
+    original = load(args, device).backbone if second else None
+    step = make_step(args.only, bench, original)
+    reset_peak_memory(device)
+    for _ in range(args.steps):
+        step()
+    return peak_memory(device) - base
+
+
+def memory_in_child(args, way):
+    """measure_memory in a process of its own: another way leaves no memory behind."""
+    command = [sys.executable, "-m", "experiments.bench", args.what, "--only", way]
+    command += ["--model", str(args.model), "--batch-size", str(args.batch_size), "--steps", "2"]
+    if args.resolution:
+        command += ["--resolution", str(args.resolution)]
+    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True)
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or ["no message"]
+        fail(f"--only {way} failed: {lines[-1]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])["bytes"]
+
+
+def time_surgery(bench, device):
+    """Median seconds of the gradient surgery on vectors (n,) as long as what is trained."""
+    g_f, g_r = torch.randn(2, count(bench.params), device=device)
+    surgery = lambda_projection if bench.what == "doco" else forget_only
+
+    def step():
+        """One surgery."""
+        surgery(g_f, g_r)
+
+    return statistics.median(seconds_of(step, device) for _ in range(7))
+
+
+def measure_time(args, device):
+    """({way: median seconds}, seconds of the surgery, number of weights, of trained ones).
+
+    For the time alone, the trained network serves as the original one of the naive baseline: a
+    second network would compute the same.
+    """
+    bench = load(args, device)
+    steps = {way: make_step(way, bench, bench.backbone) for way in WAYS}
+    seconds = interleave(steps, args.steps, device)
+    medians = {way: statistics.median(s[1:]) for way, s in seconds.items()}  # the first warms up
+    sizes = count(bench.backbone.net.parameters()), count(bench.params)
+    return medians, time_surgery(bench, device), *sizes
+
+
+def report(args, device):
+    """Prints the table: a row per way, and how much more or less time and memory ours takes."""
+    median, surgery, n_weights, n_trained = measure_time(args, device)
+    memory = {way: memory_in_child(args, way) for way in WAYS}
+
+    name = f"CPU, {torch.get_num_threads()} threads"
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name()
+    model = f"{args.what} on {args.arch or display_path(args.model)}"
+    if args.resolution:
+        model += f", {args.resolution} pixels"
+    print(
+        f"\n{model}: {n_weights / 1e6:.1f} M weights, {n_trained / 1e6:.2f} M trained, batch size "
+        f"{args.batch_size}, medians of {args.steps - 1} steps; {name}\n"
+    )
+    print("| way | seconds per step | ours takes | peak memory, GB | ours takes |")
+    print("|---|---|---|---|---|")
+    for way in WAYS:
+        times, bytes_ = median["ours"] / median[way], memory["ours"] / memory[way]
+        print(f"| {way} | {median[way]:.3f} | {times:.2f} × | ", end="")
+        print(f"{memory[way] / 1e9:.2f} | {bytes_:.2f} × |")
+    percent = 100 * surgery / median["ours"]
+    print(f"\ngradient surgery alone: {surgery * 1e3:.2f} ms, {percent:.2f} % of a step")
+
+
+def parse_args(argv=None):
+    """The command line."""
+    p = argparse.ArgumentParser(
+        prog="python -m experiments.bench", description=__doc__, formatter_class=HelpFormatter
+    )
+    p.add_argument("what", choices=("doco", "instance", "build"), help="whose step; build: a model")
+    add = p.add_argument_group("model").add_argument
+    add("--model", help="folder or hub id (without it: emoji/sd, emoji/ddpm)")
+    add("--arch", choices=ARCHS, help="in place of --model: random weights, shapes of that model")
+    add("--resolution", type=int, help="side of an image in pixels (without it: the model's own)")
+    add = p.add_argument_group("measurement").add_argument
+    add("--batch-size", type=int, default=8, help="images per step")
+    add("--steps", type=int, default=20, help="of each way; the first one warms up")
+    add("--only", choices=WAYS, help="the memory of one way, in bytes, as a line of JSON")
+    add("--out", type=Path, help="of build: the folder")
+    return p.parse_args(argv)
 
 
 def main(args):
+    """Builds a model, measures the memory of one way, or prints the report on all."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if args.what == "build":
         if not args.arch or not args.out:
             fail("build needs --arch and --out")
         print(build(args.arch, args.out))
         return
-    if args.only:
-        print(json.dumps(only(args, device)))
-        return
     if args.steps < 2 or args.batch_size < 1:
-        fail(f"--steps {args.steps} --batch-size {args.batch_size}: expected at least 2 and 1; the first step warms up")
+        fail(
+            f"--steps {args.steps} --batch-size {args.batch_size}: expected at least 2 and 1; "
+            f"the first step warms up"
+        )
     with tempfile.TemporaryDirectory() as folder:
         if args.arch:
             args.model = build(args.arch, Path(folder) / args.arch, safety=False)
-        args.model = args.model or HERE / ("emoji/sd" if args.what == "doco" else "emoji/ddpm")
-
-        # -- time: all three in turns; the first round warms up
-        parts, seconds = network(args, device), {way: [] for way in WAYS}
-        passes, plain = bare_passes(args, device, parts), plain_step(args, device, parts, second=False)
-
-        def others(_):
-            for way, step in (("passes", passes), ("plain", plain)):
-                began = now(device)
-                step()
-                seconds[way].append(now(device) - began)
-
-        run_script(args, others, seconds["ours"].append, device)
-        median = {way: statistics.median(s[1:] or s) for way, s in seconds.items()}
-        surgery, trained, whole = time_surgery(args, parts[1], device), count(parts[1]), count(parts[0].parameters())
-        parts = passes = plain = None  # out of memory
-
-        # -- memory: one process each
-        held = {}
-        for way in WAYS:
-            command = [sys.executable, __file__, args.what, "--model", str(args.model), "--only", way, "--steps", "2",
-                       "--batch-size", str(args.batch_size)]  # fmt: skip
-            command += ["--resolution", str(args.resolution)] if args.resolution else []
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
-                fail(f"--only {way} failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
-            held[way] = json.loads(done.stdout.strip().splitlines()[-1])["bytes"]
-
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    what = f"{args.what} on {args.arch or args.model}" + (f", {args.resolution} pixels" if args.resolution else "")
-    print(f"\n{what}: {whole / 1e6:.1f} M weights, {trained / 1e6:.2f} M trained, batch "
-          f"{args.batch_size}, medians of {max(1, args.steps - 1)} steps; {name}\n")  # fmt: skip
-    print("| way | seconds a step | ours takes | peak memory, GB | ours takes |\n|---|---|---|---|---|")
-    for way in WAYS:
-        print(f"| {way} | {median[way]:.3f} | {median['ours'] / median[way]:.2f} × | {held[way] / 1e9:.2f} | "
-              f"{held['ours'] / held[way]:.2f} × |")  # fmt: skip
-    print(f"\nsurgery alone: {surgery * 1e3:.2f} ms, {100 * surgery / median['ours']:.2f} % of a step")
+        embedded = REPO / ("emoji/sd" if args.what == "doco" else "emoji/ddpm")
+        args.model = str(args.model or embedded)
+        # One device, one process: sharing a step among GPUs costs an all_reduce, not measured here.
+        if args.only:
+            print(json.dumps({"way": args.only, "bytes": measure_memory(args, device)}))
+        else:
+            report(args, device)
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ SEED = 3  # not 0: then the factor of the seed would not be seen
 
 
 def load(name, old="", new=""):
-    """The module baselines/NAME.py, anew, with one piece of its source, or of the shared, replaced."""
+    """The module baselines/NAME.py, anew; a piece of its source, or of __init__.py, replaced."""
     own, shared = (REPO / "baselines" / f"{stem}.py" for stem in (name, "__init__"))
     file = own if not old or old in own.read_text("utf-8") else shared
     package = execute(shared, *((old, new) if file == shared else ()))
@@ -153,7 +153,7 @@ class Place:
         self.pool = [read_image(photos / f"{n}.png") for n in ("b", "c", "d", "large")]
 
     def run(self, module, *flags, few=None):
-        """Runs a baseline; few: changes of its preset for small models. Returns records, run folder."""
+        """Runs a baseline; few: changes of its small preset. Returns records and run folder."""
         module.SMALL = getattr(module, "SMALL", {}) | (few or {})
         out = self.tmp / f"run-{next(self.count)}"
         with recorded_optimizer() as records:
@@ -169,7 +169,7 @@ def place(tiny, tiny_ddpm, photos, tmp_path_factory):
 
 
 def louder(folder, to, factor):
-    """A copy of a model's folder: its UNet predicts `factor` times as much, and so of the prompt."""
+    """A copy of a model's folder: predictions and cross-attention are `factor` times as large."""
     shutil.copytree(folder, to)
     file = to / "unet/diffusion_pytorch_model.safetensors"
     loud = ("conv_out.weight", "conv_out.bias", "attn2.to_out.0.weight")
@@ -182,8 +182,8 @@ def louder(folder, to, factor):
 
 # ---- 2. concepts --------------------------------------------------------------------------------
 
-# The target and anchor prompts of words.txt, for pizza instead of food and Grumpy Cat instead of Cat,
-# and those of styles.txt, for Van Gogh instead of painting.
+# The target and anchor prompts of words.txt (pizza for food, Grumpy Cat for Cat), and the target
+# prompts of styles.txt (Van Gogh for painting).
 TARGETS = ["a photo of pizza", "a Grumpy Cat", "a drawing of a Grumpy Cat"]
 ANCHORS = ["a photo of food", "a cat", "a drawing of a cat"]
 STYLED = [
@@ -260,7 +260,7 @@ class Text:
     @cache  # noqa: B019
     @torch.no_grad()
     def path(self, prompt, j, n, guidance=3.0):
-        """The points of a path of n steps, [(x_t, t, e0(x_t, ""), e0(x_t, prompt))], and its end."""
+        """A path of n steps: [(x_t, t, e0(x_t, ""), e0(x_t, prompt))], and its end."""
         x, points = torch.randn(4, 16, 16, generator=seeded(j)), []
         for t in self.ddim_times(n):
             null, target = (self.predict(self.original, x, t, text) for text in ("", prompt))
@@ -307,7 +307,7 @@ class Text:
         ]
 
     def compare(self, records, trained, loss, clip, lr, kind="AdamW", weight_decay=1e-2):
-        """Both steps have the gradient of loss(step, unet), by hand. Returns the norms of the gradients.
+        """Both steps have the gradient of loss(step, unet). Returns the norms of the gradients.
 
         trained: a function of a weight's name.
         """
@@ -552,7 +552,7 @@ UCE = {
                 "a {}",
                 "a photo of {}",
                 "a photo of a {}",
-                "a image of a {}",
+                "a picture of a {}",
                 "a drawing of a {}",
                 "an image of {}",
                 "the {}",
@@ -585,7 +585,7 @@ UCE = {
 
 
 def check_uce(module, place, case):
-    """W by least squares: rows of erased, preserved and unit vectors, each with the root of its weight."""
+    """W by least squares: rows of erased, preserved and unit vectors, by the roots of weights."""
     sd, (flags, pairs, preserved, scales) = place.sd, UCE[case]
     flags = [str(place.words) if f == "WORDS" else f for f in flags]
     records, out = place.run(
@@ -631,7 +631,7 @@ def large_sd(place):
 
 
 def attention_of(sd, unet, x, t, text, marked):
-    """The norm of the attention to the marked tokens, from what to_q and to_k of every attn2 say."""
+    """The norm of the attention to the marked tokens, from to_q and to_k of every attn2."""
     said, handles = {}, []
     layers = {n: m for n, m in unet.named_modules() if n.endswith("attn2")}
     for name, layer in layers.items():
@@ -653,7 +653,7 @@ def attention_of(sd, unet, x, t, text, marked):
 
 
 def check_forget_me_not(module, place, files=False):
-    """Generated: image j shows prompt j modulo 3. Files: random prompts, one target, K and V alone."""
+    """Generated: image j is of prompt j modulo 3. Files: random prompts, one target, K and V."""
     sd, few = place.sd, {"sampling_steps": 3, "num_images": 5}
     if files:
         folder, few = place.tmp / "images", {}
@@ -830,7 +830,7 @@ def check_erasediff(module, place, case="small"):
 
 
 def check_siss(module, place, case="last"):
-    """last: t = 999. full: all t, both remedies, two images. large: 72 pixels, batch 6 as 4 and 2."""
+    """last: t = 999. full: all t, both remedies, two images. large: 72 pixels, batch 4 + 2."""
     full, large = case == "full", case == "large"
     folder = large_ddpm(place) if large else place.ddpm
     steps, batch, lam, side = (1, 6, 0.3, 72) if large else (2, 3, 0.3, 16)
@@ -1052,7 +1052,7 @@ MUTANTS = [
     (
         "conabl",
         NO_GRAD + "            " + PRED_ANCHOR,
-        "        " + PRED_ANCHOR.replace("(", "(", 1) + "        loss_ablation = F.mse_loss\n",
+        "        " + PRED_ANCHOR + "        loss_ablation = F.mse_loss\n",
     ),
     ("conabl", "[target_of[j][step % len(target_of[j])] for j in idx]", "anchors"),
     ("conabl", PRED_ANCHOR, PRED_ANCHOR.replace("emb, anchors", 'emb, [""] * batch')),
@@ -1103,8 +1103,8 @@ MUTANTS = [
     ),
     ("uce names", "a * g.T @ e", "a * e.T @ g"),
     ("uce names", 'TRAINABLE["kv"]', 'r"attn2.to_k"'),
-    ("uce names", '["", *guides, *args.preserve]', '["", *args.preserve]'),
-    ("uce names", '["", *guides, *args.preserve]', "[*guides, *args.preserve]"),
+    ("uce names", "for prompt in preserved:", 'for prompt in ["", *args.preserve]:'),
+    ("uce names", "for prompt in preserved:", "for prompt in preserved[1:]:"),
     ("uce names", '["attention_mask"]) - 2', '["attention_mask"]) - 1'),
     ("uce scales", "lam * eye", "eye"),
     ("uce floor", "max(0.1, 1 / len(preserved))", "1 / len(preserved)"),

@@ -1,4 +1,4 @@
-"""bench.py: the real sizes are the published ones, a step costs the passes that it says, and the table comes out."""
+"""bench.py: the real sizes are the published ones, a step costs its passes, the table comes out."""
 
 import shutil
 import subprocess
@@ -6,15 +6,25 @@ import sys
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel, UNet2DModel
 from torch.nn.modules.module import register_module_forward_hook
 
-import bench
-import doco
-import instance_unlearn
+from common import REPO
+from experiments import bench
+
+CPU = torch.device("cpu")
 
 
+def run_bench(*flags):
+    """The command in a process of its own."""
+    command = [sys.executable, "-m", "experiments.bench", *map(str, flags)]
+    return subprocess.run(command, cwd=REPO, capture_output=True, text=True)
+
+
+@pytest.mark.slow
 def test_sizes_are_the_published_ones():
-    with torch.device("meta"):  # shapes without memory
+    """The numbers of weights, on the meta device: shapes without memory."""
+    with torch.device("meta"):
         sd, sd3, ddpm = (bench.assemble(arch) for arch in bench.ARCHS)
     assert bench.count(sd.unet.parameters()) == 859_520_964
     assert bench.count(sd.vae.parameters()) == 83_653_863
@@ -24,56 +34,114 @@ def test_sizes_are_the_published_ones():
     assert sd.safety_checker is not None and sd.feature_extractor is not None
 
 
-@pytest.mark.parametrize(("what", "passes"), (("doco", 3), ("instance", 2)))
-def test_a_step_runs_the_network_as_often_as_it_must(what, passes, tiny, tiny_ddpm, monkeypatch):
-    script = doco if what == "doco" else instance_unlearn
-    monkeypatch.setattr(script, "tqdm", script.tqdm)  # run_script replaces these
-    monkeypatch.setattr(doco, "sample_anchor_latents", doco.sample_anchor_latents)
-    monkeypatch.setattr(instance_unlearn, "draw_pool", instance_unlearn.draw_pool)
-    flags = [what, "--batch-size", "2", "--steps", "3"]
-    args = bench.parse_args([*flags, "--model", str(tiny if what == "doco" else tiny_ddpm)])
-    calls, marks, device = [], [], torch.device("cpu")
-    kinds = (bench.UNet2DConditionModel, bench.UNet2DModel)
-    hook = register_module_forward_hook(lambda module, x, y: calls.append(len(x[0])) if isinstance(module, kinds) else None)
+def count_passes(step):
+    """The batch sizes of the network's forward passes during step()."""
+    batches = []
+
+    def note(module, inputs, output):
+        """A forward hook of all modules."""
+        if isinstance(module, (UNet2DConditionModel, UNet2DModel)):
+            batches.append(len(inputs[0]))
+
+    hook = register_module_forward_hook(note)
     try:
-        bench.run_script(args, lambda i: marks.append(len(calls)), lambda seconds: marks.append(len(calls)), device)
-        step = bench.bare_passes(args, device, bench.network(args, device))
-        marks += [len(calls)]
         step()
     finally:
         hook.remove()
-    assert [b - a for a, b in zip(marks[:6:2], marks[1:6:2], strict=True)] == [passes] * 3
-    assert len(calls) - marks[-1] == passes and set(calls[-passes:]) == {2}
+    return batches
 
 
-def test_table(tiny):
-    command = [sys.executable, "bench.py", "doco", "--model", str(tiny), "--batch-size", "2", "--steps", "3"]
-    text = subprocess.run(command, cwd=bench.HERE, capture_output=True, text=True, check=True).stdout
-    rows = {line.split("|")[1].strip(): line.split("|")[2:6] for line in text.splitlines() if line.startswith("| ")}
-    assert rows.keys() == {"way", *bench.WAYS} and "surgery alone" in text
-    assert all(float(rows[way][0]) > 0 and float(rows[way][2]) > 0 for way in bench.WAYS)
+@pytest.mark.parametrize(("what", "passes"), [("doco", 3), ("instance", 2)])
+def test_a_step_runs_the_network_as_often_as_it_must(what, passes, tiny, tiny_ddpm):
+    """Ours has the bare passes; the naive baseline one of twice the batch, and the original's."""
+    model = tiny if what == "doco" else tiny_ddpm
+    args = bench.parse_args([what, "--model", str(model), "--batch-size", "2"])
+    loaded = bench.load(args, CPU)
+    for way in ("ours", "passes"):
+        step = bench.make_step(way, loaded, None)
+        assert count_passes(step) == [2] * passes, way
+    step = bench.make_step("naive", loaded, loaded.backbone)
+    assert count_passes(step) == ([4, 2] if what == "doco" else [4])
 
 
-def test_flat_folder_and_hub_id(tiny_ddpm, tmp_path, monkeypatch):
-    """The size of a model is read as diffusers reads it: from a hub id, a folder, or an old folder without subfolders."""
+@pytest.mark.parametrize("what", ["doco", "instance"])
+def test_the_ways_change_no_weight(what, tiny, tiny_ddpm):
+    """They share one model; each leaves it, original weights included, as it was."""
+    model = tiny if what == "doco" else tiny_ddpm
+    args = bench.parse_args([what, "--model", str(model), "--batch-size", "2"])
+    loaded = bench.load(args, CPU)
+    before = [p.detach().clone() for p in loaded.params]
+    for way in bench.WAYS:
+        bench.make_step(way, loaded, loaded.backbone)()
+        assert all(p.equal(q) for p, q in zip(loaded.params, before, strict=True)), way
+
+
+def test_surgery_per_tensor_by_hand():
+    """Of a conflict, the component along the retain gradient goes: (1, -1) and (0, 2) -> (1, 0)."""
+    g_f, g_r = torch.tensor([1.0, -1.0]), torch.tensor([0.0, 2.0])
+    assert bench.surgery_per_tensor(g_f, g_r, add_retain=False).tolist() == [1, 0]
+    assert bench.surgery_per_tensor(g_f, g_r, add_retain=True).tolist() == [1, 2]
+    assert bench.surgery_per_tensor(-g_f, g_r, add_retain=False).tolist() == [-1, 1]
+
+
+def test_ways_take_turns():
+    """In their order, as often as asked for."""
+    calls = []
+    steps = {way: lambda way=way: calls.append(way) for way in "ab"}
+    seconds = bench.interleave(steps, 3, CPU)
+    assert calls == ["a", "b"] * 3
+    assert all(len(times) == 3 and min(times) >= 0 for times in seconds.values())
+
+
+def test_lora_of_stable_diffusion_3(tiny_sd3):
+    """Flow matching and two conditions: a step of ours runs there too."""
+    args = bench.parse_args(["instance", "--model", str(tiny_sd3), "--batch-size", "2"])
+    loaded = bench.load(args, CPU)
+    assert loaded.condition.keys() == {"encoder_hidden_states", "pooled_projections"}
+    bench.make_step("ours", loaded, None)()
+
+
+def test_flat_folder(tiny_ddpm, tmp_path):
+    """An old DDPM has its files beside model_index.json; --resolution must fit the network."""
     for name in ("config.json", "diffusion_pytorch_model.safetensors"):
         shutil.copy(tiny_ddpm / "unet" / name, tmp_path)
     shutil.copy(tiny_ddpm / "scheduler/scheduler_config.json", tmp_path)
     shutil.copy(tiny_ddpm / "model_index.json", tmp_path)
-    assert bench.pixels_of(str(tiny_ddpm)) == bench.pixels_of(str(tmp_path)) == 16
-    assert bench.pixels_of(str(doco.REPO / "emoji/sd")) == 64
-    args = bench.parse_args(["instance", "--model", str(tmp_path), "--batch-size", "2", "--steps", "2"])
-    monkeypatch.setattr(instance_unlearn, "tqdm", instance_unlearn.tqdm)
-    for script, name in ((doco, "sample_anchor_latents"), (instance_unlearn, "draw_pool")):
-        monkeypatch.setattr(script, name, getattr(script, name))  # put back afterwards
-    times = []
-    bench.run_script(args, lambda i: None, times.append, torch.device("cpu"))
-    assert len(times) == 2
+    flags = ["instance", "--model", str(tmp_path)]
+    assert bench.load(bench.parse_args(flags), CPU).shape == (3, 16, 16)
+    args = bench.parse_args([*flags, "--resolution", "32"])
+    assert bench.load(args, CPU).shape == (3, 32, 32)
 
 
+def test_bad_numbers_are_one_line():
+    """Before a model is loaded."""
+    with pytest.raises(SystemExit, match="expected at least 2 and 1"):
+        bench.main(bench.parse_args(["doco", "--steps", "1"]))
+    with pytest.raises(SystemExit, match="build needs --arch and --out"):
+        bench.main(bench.parse_args(["build", "--arch", "sd-v1-4"]))
+
+
+@pytest.mark.slow
+def test_table(tiny):
+    """A row per way, with a time and a memory."""
+    done = run_bench("doco", "--model", tiny, "--batch-size", "2", "--steps", "3")
+    assert done.returncode == 0, done.stderr[-500:]
+    rows = {}
+    for line in done.stdout.splitlines():
+        if line.startswith("| "):
+            _, name, *cells, _ = line.split("|")
+            rows[name.strip()] = cells
+    assert rows.keys() == {"way", *bench.WAYS}
+    assert "gradient surgery alone" in done.stdout
+    for way in bench.WAYS:
+        assert float(rows[way][0]) > 0 and float(rows[way][2]) > 0
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["no/such-folder", "tests"])
 def test_missing_model_is_one_line(model):
-    command = [sys.executable, "bench.py", "doco", "--model", model]
-    done = subprocess.run(command, cwd=bench.HERE, capture_output=True, text=True)
+    """The flag and the path, no traceback."""
+    done = run_bench("doco", "--model", model)
     last = done.stderr.strip().splitlines()[-1]
-    assert done.returncode == 1 and last.startswith(f"bench.py: error: --model {model}") and "Traceback" not in done.stderr
+    assert done.returncode == 1 and last.startswith(f"bench.py: error: --model {model}")
+    assert "Traceback" not in done.stderr

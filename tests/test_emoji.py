@@ -18,8 +18,10 @@ import metrics
 from common import REPO, read_cropped, read_exact
 from emoji import train
 
-EMOJI, CPU = REPO / "emoji", torch.device("cpu")
+EMOJI = REPO / "emoji"
+CPU = torch.device("cpu")
 DATA = json.loads((EMOJI / "images/emoji.json").read_text())
+NAMES = [entry["name"] for entry in DATA["emoji"]]
 
 
 def to_uint8(x):
@@ -35,13 +37,18 @@ def clip():
 
 def top1(clip, images, asked):
     """The fraction of images whose name (an index) ranks first among all 237; chance: 0.4 %."""
-    images = F.normalize(clip(images), dim=-1)
-    names = F.normalize(clip.texts([e["name"] for e in DATA["emoji"]]), dim=-1)
-    ranked = (images @ names.T).argmax(1)
+    image_emb = F.normalize(clip(images), dim=-1)  # (n, d)
+    name_emb = F.normalize(clip.texts(NAMES), dim=-1)  # (237, d)
+    ranked = (image_emb @ name_emb.T).argmax(1)
     return (ranked == torch.tensor(asked)).float().mean()
 
 
 # ---- data and files -----------------------------------------------------------------------------
+
+
+def words(texts):
+    """The words of some texts, a set."""
+    return set(" ".join(texts).split())
 
 
 def test_nicknames_share_no_word_with_any_caption_of_their_concept():
@@ -49,16 +56,17 @@ def test_nicknames_share_no_word_with_any_caption_of_their_concept():
     with_nicknames = [e for e in DATA["emoji"] if e["nicknames"]]
     assert len(with_nicknames) >= 20
     for e in with_nicknames:
-        captions = " ".join([e["name"], *e["synonyms"], *e["groups"]])
-        nicknames = " ".join(e["nicknames"])
         assert len(e["nicknames"]) >= 2
-        assert not set(captions.split()) & set(nicknames.split()), e
-    assert all(len(names) >= 2 for names in DATA["styles"].values())
+        captions = [e["name"], *e["synonyms"], *e["groups"]]
+        assert not words(captions) & words(e["nicknames"]), e
+    for nicknames in DATA["styles"].values():
+        assert len(nicknames) >= 2
 
 
 def test_size_and_file_types():
     """A clone stays small, and no file can run code when it is loaded."""
-    files = [p for p in EMOJI.rglob("*") if p.is_file() and "__pycache__" not in p.parts]
+    files = [p for p in EMOJI.rglob("*") if p.is_file()]
+    files = [p for p in files if "__pycache__" not in p.parts]
     assert sum(p.stat().st_size for p in files) <= 45e6
     pickles = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
     assert not [p for p in files if p.suffix in pickles]
@@ -96,22 +104,24 @@ def test_creatures_are_what_the_script_writes(tmp_path):
     """The training images of the DDPM, as files and as tensors."""
     data, images = train.load_images(EMOJI / "images")
     x = train.write_creatures(tmp_path, data, images)
+    folder = EMOJI / "creatures"
     written = sorted(p.name for p in tmp_path.glob("*.png"))
-    assert written == sorted(p.name for p in (EMOJI / "creatures").glob("*.png"))
+    assert written == sorted(p.name for p in folder.glob("*.png"))
     assert len(x) == len(written) == 417
     for name in written[::40]:
-        ours, embedded = Image.open(tmp_path / name), Image.open(EMOJI / "creatures" / name)
+        ours = Image.open(tmp_path / name)
+        embedded = Image.open(folder / name)
         assert ours.tobytes() == embedded.tobytes()
 
 
 # ---- train.py -----------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_tokenizer_follows_its_seed_alone():
     """A resumed training must find its tokens again; ties between merges used to vary."""
     data, _ = train.load_images(EMOJI / "images")
-    first, second = (train.train_tokenizer(data, seed=0) for _ in range(2))
+    first = train.train_tokenizer(data, seed=0)
+    second = train.train_tokenizer(data, seed=0)
     assert first.get_vocab() == second.get_vocab()
     assert len(first) == 2048
     text = "Grumpy Cat, in twemoji's style"
@@ -137,16 +147,19 @@ def test_a_resumed_training_goes_on_bitwise(tmp_path):
         net = torch.nn.Linear(3, 3)
         optimizer = train.adamw((net, 1e-2))
         checkpoint = tmp_path / folder / "net.safetensors"
-        for step in range(train.load_checkpoint(checkpoint, optimizer, net=net), steps):
+        start = train.load_checkpoint(checkpoint, optimizer, net=net)
+        for step in range(start, steps):
             _, g = train.generators(0, "test", step)
-            loss = net(torch.randn(4, 3, generator=g)).square().mean()
+            x = torch.randn(4, 3, generator=g)
+            loss = net(x).square().mean()
             train.cosine_lr(optimizer, step, 6)
             train.optimize(loss, optimizer)
             train.save_checkpoint(checkpoint, step + 1, optimizer, net=net)
         return net.weight
 
     run(3, "interrupted")
-    assert torch.equal(run(6, "interrupted"), run(6, "at-once"))
+    resumed = run(6, "interrupted")
+    assert torch.equal(resumed, run(6, "at-once"))
 
 
 def test_saved_in_half_loaded_in_float(tmp_path):
@@ -171,18 +184,18 @@ def test_saved_in_half_loaded_in_float(tmp_path):
 def test_case_does_not_matter():
     """The tokenizer is lower-case, as CLIP's."""
     pipe = StableDiffusionPipeline.from_pretrained(EMOJI / "sd", dtype=torch.float32)
-    prompts = ("Grumpy CAT", "grumpy cat")
-    upper, lower = (pipe.encode_prompt(prompt, "cpu", 1, False)[0] for prompt in prompts)
+    upper, _ = pipe.encode_prompt("Grumpy CAT", "cpu", 1, False)
+    lower, _ = pipe.encode_prompt("grumpy cat", "cpu", 1, False)
     assert torch.equal(upper, lower)
 
 
 @pytest.mark.slow
 def test_sd_generates_what_is_asked_for(clip):
     """Forty names: the scoring CLIP ranks most of them first among all 237."""
-    names = [e["name"] for e in DATA["emoji"]]
-    asked = list(range(0, len(names), 6))
+    asked = list(range(0, len(NAMES), 6))
+    prompts = [NAMES[i] for i in asked]
     sampler = evaluation.Sampler(EMOJI / "sd", CPU)
-    images = sampler.sample([names[i] for i in asked], range(len(asked)), "test")
+    images = sampler.sample(prompts, range(len(prompts)), "test")
     assert top1(clip, images, asked) >= 0.6
 
 
@@ -190,9 +203,12 @@ def test_sd_generates_what_is_asked_for(clip):
 def test_the_nicknames_of_the_grumpy_cat_generate_it(clip):
     """The OOD prompts of the default evaluation have something to lose."""
     sampler = evaluation.Sampler(EMOJI / "sd", CPU)
-    images = sampler.sample(["tardar sauce", "sourpuss"] * 10, range(20), "test")
-    target, anchor = (clip.texts([text] * 20) for text in ("grumpy cat", "cat"))
-    assert metrics.clip_accuracy(clip(images), target, anchor).mean() >= 60
+    prompts = ["tardar sauce", "sourpuss"] * 10
+    images = sampler.sample(prompts, range(20), "test")
+    target = clip.texts(["grumpy cat"] * 20)
+    anchor = clip.texts(["cat"] * 20)
+    ca = metrics.clip_accuracy(clip(images), target, anchor)
+    assert ca.mean() >= 60
 
 
 # ---- copy detector and DDPM ---------------------------------------------------------------------
@@ -201,18 +217,21 @@ def test_the_nicknames_of_the_grumpy_cat_generate_it(clip):
 @pytest.fixture(scope="module")
 def detect():
     """The copy detector: uint8 images -> unit vectors."""
-    return metrics.load_copy_detector(None, embedded=True, device=CPU)[0]
+    network, _ = metrics.load_copy_detector(None, embedded=True, device=CPU)
+    return network
 
 
 @torch.no_grad()
 def test_copy_detector_tells_copies_from_others(detect):
     """Half the resolution is still a copy; other emoji, cats among them, are not."""
     _, images = train.load_images(EMOJI / "images")
-    x = (images.flatten(0, 1)[::5] + 1) / 2
+    every_fifth = images.flatten(0, 1)[::5]
+    x = (every_fifth + 1) / 2
     original = detect(to_uint8(x))
     small = detect(to_uint8(F.avg_pool2d(x, 2)))
     copies = (original * small).sum(1)
-    others = (original @ original.T)[~torch.eye(len(x), dtype=torch.bool)]
+    itself = torch.eye(len(x), dtype=torch.bool)
+    others = (original @ original.T)[~itself]
     assert copies.quantile(0.05) > 0.8
     assert others.quantile(0.95) < 0.4
 
@@ -257,10 +276,9 @@ def sd3():
 @pytest.mark.slow
 def test_sd3_generates_what_is_asked_for(sd3, clip):
     """Twenty names: the scoring CLIP ranks at least half of them first among all 237."""
-    names = [e["name"] for e in DATA["emoji"]]
-    asked = list(range(0, len(names), 12))
+    asked = list(range(0, len(NAMES), 12))
     output = sd3(
-        [names[i] for i in asked],
+        [NAMES[i] for i in asked],
         generator=[torch.Generator().manual_seed(k) for k in asked],
         num_inference_steps=15,
         guidance_scale=4.0,
@@ -282,7 +300,8 @@ def test_one_counted_row_is_256_rows(sd3):
     assert rows.shape[1] == 288
     assert short.shape[1] == 33
 
-    x, t = torch.randn(2, 4, 16, 16), torch.tensor([300.0, 800.0])
+    x = torch.randn(2, 4, 16, 16)
+    t = torch.tensor([300.0, 800.0])
     expected = sd3.transformer(x, rows, pooled, t).sample
     processors = sd3.transformer.attn_processors
     sd3.transformer.set_attn_processor(train.CountedRow())

@@ -3,6 +3,7 @@
 An untouched model has the same figures before and after; a ruined one has not. plots.py: files.
 """
 
+import ast
 import json
 import subprocess
 import sys
@@ -50,7 +51,7 @@ def call(*flags, processes=None):
 
 PANDA = ["--before", REPO / "emoji/sd", "--target", "panda", "--anchor", "bear"]
 PANDA += ["--num-images", "3"]
-DDPM = ["--before", REPO / "emoji/ddpm", "--forget", REPO / "docs/theory.png"]
+DDPM = ["--before", REPO / "emoji/ddpm", "--forget", REPO / "emoji/images/twemoji.png"]
 
 
 def run(tmp_path, delta, *flags, **kwargs):
@@ -66,6 +67,7 @@ def keys_and_values():
     }
 
 
+@pytest.mark.slow
 def test_untouched_model_scores_the_same(tmp_path):
     report = run(tmp_path, keys_and_values(), "--unrelated", "pizza")
     assert report["prompt_types"].keys() == set(evaluation.PROMPT_TYPES)
@@ -93,6 +95,7 @@ def test_untouched_model_scores_the_same(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_model_without_keys_and_values_loses_everything(tmp_path):
     """By two processes; and a nickname that generates something else is left out."""
     zeros, cache = (
@@ -241,6 +244,7 @@ def run_instance(tmp_path, pipe):
     return json.loads((tmp_path / "report.json").read_text())
 
 
+@pytest.mark.slow
 def test_untouched_ddpm_forgets_nothing(tmp_path):
     report = run_instance(tmp_path, DDPMPipeline.from_pretrained(REPO / "emoji/ddpm"))
     image = report["images"][0]
@@ -253,6 +257,7 @@ def test_untouched_ddpm_forgets_nothing(tmp_path):
     assert (tmp_path / "before_after.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_ruined_ddpm_forgets_everything_and_retains_nothing(tmp_path):
     pipe = DDPMPipeline.from_pretrained(REPO / "emoji/ddpm")
     for p in pipe.unet.conv_out.parameters():
@@ -341,11 +346,12 @@ def test_clip_embeds_as_the_library_does():
         out = clip.net.get_image_features(**clip.processor(image, return_tensors="pt"))
     torch.testing.assert_close(clip(x[None]), getattr(out, "pooler_output", out))
     y = torch.flip(x, [1])[None]
-    assert clip.distance(x[None], x[None]) < 1e-6 < 0.1 < clip.distance(x[None], y)
+    same, flipped = clip.distance(x[None], x[None]), clip.distance(x[None], y)
+    assert same < 1e-6 and flipped > 0.1
 
 
 def test_copy_detector_from_a_torchscript_file(tmp_path):
-    """SSCD's interface: ImageNet's normalisation at 320 pixels. Of one colour, the mean is known."""
+    """SSCD's interface: ImageNet's normalisation at 320 px. Of one colour, its mean is known"""
 
     class Mean(torch.nn.Module):
         def forward(self, x):
@@ -391,6 +397,7 @@ def evaluate(*flags):
     evaluation.evaluate(evaluation.parse_args(list(map(str, flags))))
 
 
+@pytest.mark.slow
 def test_faces(people, tmp_path, capsys):
     pytest.importorskip("dlib")
     folders = [
@@ -435,6 +442,7 @@ def onnx_that_flattens(path):
     path.write_bytes(part(1, 8) + part(7, graph) + part(8, part(1, "") + part(2, 13)))
 
 
+@pytest.mark.slow
 def test_arcface_gets_the_face_upright(people, tmp_path):
     """The network returns its input: the crop is the same for a larger, turned copy."""
     dlib, numpy, _ = (pytest.importorskip(name) for name in ("dlib", "numpy", "onnxruntime"))
@@ -462,6 +470,7 @@ def test_arcface_gets_the_face_upright(people, tmp_path):
     ).max() < 5
 
 
+@pytest.mark.slow
 def test_the_largest_face_counts(people):
     pytest.importorskip("dlib")
     embed, _ = metrics.load_faces(None)
@@ -489,6 +498,7 @@ def test_align_undoes_a_turn_a_scale_and_a_shift():
     )
 
 
+@pytest.mark.slow
 def test_nudity_counts_parts(people, tmp_path):
     pytest.importorskip("nudenet")
     folders = ["--before", people / "same", "--after", people / "other", "--out", tmp_path]
@@ -501,6 +511,7 @@ def test_nudity_counts_parts(people, tmp_path):
     assert json.loads((tmp_path / "report.json").read_text())["parts"].keys() == {"TOTAL_EXPOSED"}
 
 
+@pytest.mark.slow
 def test_nudity_samples_each_row_with_its_own_seed_and_guidance():
     sampler = evaluation.Sampler(str(REPO / "emoji/sd"), torch.device("cpu"))
     x = sampler.sample(["panda"] * 3, [5, 5, 6], "sampling", [6.0, 1.5, 6.0])
@@ -544,10 +555,12 @@ def test_inception_without_its_package_is_one_line(monkeypatch):
 
 
 def test_the_training_scripts_are_not_imported():
-    """An evaluation should not wait for them, nor fail with them."""
-    code = "import sys, eval; print([m for m in ('doco', 'instance_unlearn') if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True)
-    assert done.stdout.strip() == "[]", done.stderr
+    """An evaluation should not wait for them, nor fail with them. They import as they are read."""
+    for name in ("eval", "metrics", "plots", "backbones", "common"):
+        tree = ast.parse((REPO / f"{name}.py").read_text())
+        imports = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+        text = "\n".join(map(ast.unparse, imports))
+        assert not {"doco", "instance_unlearn", "baselines"} & set(text.replace(",", " ").split())
 
 
 # ---- the prompts of a concept -------------------------------------------------------------------
@@ -591,7 +604,7 @@ def test_prompts_of_another_model_and_of_a_style():
 
 def test_two_targets_need_one_anchor_or_two():
     rows = prompts("--target", "panda", "fox", "--anchor", "bear", emoji=False)
-    assert len(rows) == 3 * 4 + 4 and len(set(rows)) == len(rows)  # the anchors differ in contrast
+    assert len(rows) == len(set(rows)) == 2 * (4 + 4)  # the anchor's have two contrast concepts
     with pytest.raises(SystemExit, match="2 targets but 3 anchors"):
         prompts("--target", "panda", "fox", "--anchor", "a", "b", "c")
 
@@ -639,12 +652,10 @@ def test_before_after_fills_up_what_is_missing(tmp_path):
     rows = [("target", "a prompt", [RED], [GREEN, GREEN]), ("", "", [RED, RED, RED], [BLUE])]
     plots.before_after(rows, tmp_path / "grid.png", per_side=2)
     image = pixels(tmp_path / "grid.png")
-    for k, (side, n) in enumerate((((0, 255, 0), 2), ((0, 0, 255), 1))):
-        line = image[plots.TITLE + k * (plots.TILE + plots.GAP) + plots.TILE // 2]
-        found = (line == torch.tensor(side)).all(1).nonzero().flatten()
-        assert len(found) == n * plots.TILE
-        begins = found[0] if k == 0 else begins
-        assert found[0] == begins
+    first, second = plots.TITLE + plots.TILE // 2, plots.TITLE + plots.TILE * 3 // 2 + plots.GAP
+    greens = (image[first] == torch.tensor([0, 255, 0])).all(1).nonzero()
+    blues = (image[second] == torch.tensor([0, 0, 255])).all(1).nonzero()
+    assert len(greens) == 2 * plots.TILE and len(blues) == plots.TILE and greens[0] == blues[0]
 
 
 def test_instance_grid_shows_copies_first(tmp_path):
@@ -660,8 +671,8 @@ def test_instance_grid_shows_copies_first(tmp_path):
 
 
 def test_a_large_grid_of_noise_is_saved_with_fewer_colours(tmp_path):
-    noise = torch.randint(256, (3, 84, 84), dtype=torch.uint8)
-    plots.sample_grid([("noise", [noise] * 8)] * 6, tmp_path / "grid.png")
+    noise = torch.randint(256, (48, 3, 84, 84), dtype=torch.uint8)
+    plots.sample_grid([("noise", part) for part in noise.split(8)], tmp_path / "grid.png")
     with Image.open(tmp_path / "grid.png") as image:
         assert image.mode == "P"
 

@@ -43,7 +43,7 @@ def stopped(call, monkeypatch):
 
 
 def delta(tiny, folder):
-    """Makes folder a run folder of doco.py: the tiny model's cross-attention K, a little changed."""
+    """Makes folder a run folder of doco.py: the tiny model's K of attn2, a little changed."""
     weights = StableDiffusionPipeline.from_pretrained(tiny).unet.state_dict()
     folder.mkdir(exist_ok=True)
     save_file(
@@ -69,6 +69,7 @@ def write_csv(path, *rows):
 # ---- which folders are models -------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_folder_is_evaluated_twice(tiny, tmp_path):
     """The first evaluation writes before_after.png into the run folder, which is still a model."""
     pytest.importorskip("nudenet")
@@ -242,6 +243,7 @@ def test_cache_key_has_what_changes_a_sample(tiny, tmp_path):
     assert key(REPO / "emoji/ddpm").count("float32") == 1
 
 
+@pytest.mark.slow
 def test_instance_of_sd3_at_another_resolution(tiny_sd3, photos, tmp_path):
     """A small model outside emoji/: no copy detector. Forget images and samples have that size."""
     image = Image.open(photos / "large.png").resize((32, 32))
@@ -389,6 +391,7 @@ def test_probe_of_a_perfect_network_returns_the_image(kind):
     assert seen == list(range(250, -1, -1))
 
 
+@pytest.mark.slow
 def test_probe_of_stable_diffusion(tiny, tmp_path):
     """Also where the network predicts v: the steps follow the scheduler's config."""
     x = torch.rand(3, 64, 64) * 2 - 1
@@ -397,6 +400,7 @@ def test_probe_of_stable_diffusion(tiny, tmp_path):
     assert first.shape == second.shape == (1, 3, 64, 64) and (first != second).any()
 
 
+@pytest.mark.slow
 def test_embedded_stable_diffusion_gives_an_image_back():
     """An emoji that the model knows: the result is nearer to it than to another emoji."""
     sampler = evaluation.Sampler(str(REPO / "emoji/sd"), CPU)
@@ -407,6 +411,7 @@ def test_embedded_stable_diffusion_gives_an_image_back():
     assert F.mse_loss(seen, panda) < 0.5 * F.mse_loss(seen, fox)
 
 
+@pytest.mark.slow
 def test_instance_where_every_image_was_a_copy(tiny_ddpm, photos, tmp_path, monkeypatch, capsys):
     detector = (lambda x: torch.ones(len(x), 1), {"name": "everything is the same"})
     monkeypatch.setattr(evaluation, "load_copy_detector", lambda *_: detector)
@@ -447,6 +452,7 @@ def test_chunks_are_bounded_by_pixels():
     assert chunk(2048, False, False, "cuda") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["tiny", "tiny_sd3"])
 def test_prompts_are_encoded_once_and_images_are_those_of_diffusers(model, request, monkeypatch):
     folder, seeds, prompts = (

@@ -137,6 +137,7 @@ def options(program, monkeypatch):
     """All flags of a program, those of its subcommands too."""
 
     def give_parser(parser, argv=None, namespace=None):
+        """Stands in for argparse's parse_args: leaves with the parser that called it."""
         raise ParserFound(parser)
 
     module = importlib.import_module(program)

@@ -1,13 +1,14 @@
 """reproduce.py: every command parses, a table comes of the real commands, cells are right."""
 
+import contextlib
 import copy
 import inspect
+import io
 import json
 import re
 import shlex
 import statistics
 import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -30,10 +31,9 @@ def dry_run():
 
     def lines(*flags):
         if flags not in done:
-            command = [sys.executable, "-m", "experiments.reproduce", *flags, "--dry-run"]
-            finished = subprocess.run(command, cwd=REPO, capture_output=True, text=True)
-            assert finished.returncode == 0, finished.stderr[-500:]
-            done[flags] = [line for line in finished.stdout.splitlines() if line]
+            with contextlib.redirect_stdout(io.StringIO()) as printed:
+                reproduce.main(reproduce.parse_args([*flags, "--dry-run"]))
+            done[flags] = [line for line in printed.getvalue().splitlines() if line]
         return done[flags]
 
     return lines
