@@ -156,7 +156,7 @@ def add_run_flags(parser, what):
     """Adds --seed and --out. what: the second half of the run folder's default name."""
     name = parser.get_default("method").replace("_", "-")
     add = parser.add_argument_group("run").add_argument
-    add("--seed", type=int, default=0, help="of every random draw, also of the evaluation")
+    add("--seed", type=int, default=0, help="of all random numbers, also of the evaluation")
     add("--out", type=Path, help=f"run folder (without it: runs/{name}-{what})")
 
 

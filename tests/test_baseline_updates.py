@@ -1005,7 +1005,17 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+# Second cases of a method that take longer than two seconds
+SLOW = ("esd style", "conabl style", "duo defaults")
+
+
+def cases():
+    """The names of all cases, those in SLOW marked slow."""
+    marks = {case: pytest.mark.slow if case in SLOW else () for case in CASES}
+    return [pytest.param(case, marks=mark) for case, mark in marks.items()]
+
+
+@pytest.mark.parametrize("case", cases())
 def test_steps_by_hand(case, place):
     check, how = CASES[case]
     check(load(case.split()[0]), place, **how)
@@ -1193,7 +1203,7 @@ MUTANTS = [
     ("duo defaults", STRATIFIED, "True"),
 ]
 # A few run by default: they show that the machinery notices. The rest takes minutes.
-FAST = ("neggrad-", "uce names-")
+FAST = ("uce names-",)
 
 
 def mutant(k, case, old, new):
