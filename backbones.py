@@ -19,6 +19,10 @@ Weights are read from .safetensors alone, and no code of a model folder is execu
 import os
 from pathlib import Path
 
+# Without torchvision, which nothing here needs, transformers warns of each image processor that
+# diffusers imports. The variable must be set before that.
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
 import torch
 from diffusers import (
     DDIMScheduler,

@@ -26,13 +26,9 @@ import socket
 import subprocess
 import sys
 from collections import namedtuple
+from importlib import metadata
 from pathlib import Path
 
-# Without torchvision, which nothing here needs, transformers prints a notice for each of its image
-# processors. Must be set before diffusers imports it.
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-
-import diffusers
 import torch
 import torch.distributed as dist
 from PIL import Image, ImageOps
@@ -313,7 +309,7 @@ def record_settings(run, args, contents, processes):
                 f"repeat them or choose another --out"
             )
     if processes.rank == 0 and not run.finished:
-        versions = {"torch": torch.__version__, "diffusers": diffusers.__version__}
+        versions = {name: metadata.version(name) for name in ("torch", "diffusers")}
         about = versions | {"commit": git_commit(), "processes": processes.world}
         atomic_save(record, text=json.dumps(about | {"settings": settings}, indent=1))
 

@@ -69,6 +69,8 @@ from collections import Counter, namedtuple
 from itertools import groupby
 from pathlib import Path
 
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # see backbones.py
+
 import diffusers
 import torch
 import torch.distributed as dist

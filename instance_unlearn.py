@@ -40,8 +40,11 @@ and stratified timesteps. What the paper leaves open, and its errata: docs/insta
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # see backbones.py
 
 import torch
 import torch.distributed as dist

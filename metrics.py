@@ -60,25 +60,23 @@ def clip_accuracy(image_emb, concept_emb, contrast_emb):
 def fid(real, generated):
     """Frechet distance of the Gaussians of two sets of features, (n, d) and (m, d); n, m > 1.
 
-    It is biased: it grows as n falls. Compare values of the same n alone. The operations are those
-    of torchmetrics' FrechetInceptionDistance, in its order, so that both give the same float.
+    It is biased: it grows as n falls. Compare values of the same n alone. torchmetrics' metric
+    takes images and computes their features; ours are computed already (by CLIP, say), so they go
+    through it as they are, with the identity in the place of its network.
     """
-    mean_1, cov_1 = mean_and_covariance(real)
-    mean_2, cov_2 = mean_and_covariance(generated)
-    means = (mean_1 - mean_2).square().sum()
-    # tr (S1 S2)^(1/2): the sum of the square roots of the eigenvalues of S1 S2. They are real and
-    # not negative; rounding makes some slightly complex.
-    root = torch.linalg.eigvals(cov_1 @ cov_2).sqrt().real.sum()
-    distance = means + (cov_1.trace() + cov_2.trace()) - 2 * root
-    return max(distance.to(real.dtype).item(), 0.0)  # rounding may leave -1e-5 of 0
+    from torchmetrics.image.fid import FrechetInceptionDistance
 
-
-def mean_and_covariance(features):
-    """Mean (d,) and covariance (d, d) of features (n, d), in float64."""
-    x = features.double()
-    mean = (x.sum(dim=0) / len(x)).unsqueeze(0)  # (1, d)
-    scatter = x.t().mm(x) - len(x) * mean.t().mm(mean)  # (d, d), of the centred features
-    return mean.squeeze(0), scatter / (len(x) - 1)
+    identity = torch.nn.Identity()
+    identity.num_features = real.shape[1]
+    metric = FrechetInceptionDistance(
+        feature=identity,
+        normalize=True,  # no conversion to bytes
+        input_img_size=real.shape[1:],
+        sync_on_compute=False,  # rank 0 alone computes it
+    )
+    metric.update(real, real=True)
+    metric.update(generated, real=False)
+    return max(metric.compute().item(), 0.0)  # rounding may leave -1e-5 of 0
 
 
 def ssim(a, b):

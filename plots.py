@@ -74,8 +74,9 @@ def save(figure, path):
         figure.savefig(buffer, format="png", dpi=DPI)
     if buffer.tell() > MAX_BYTES:
         image = Image.open(buffer).convert("RGB")
+        image = image.quantize(256, dither=Image.Dither.NONE)
         buffer = io.BytesIO()
-        image.quantize(256, dither=Image.Dither.NONE).save(buffer, "PNG", optimize=True)
+        image.save(buffer, "PNG", optimize=True)
     temporary = Path(f"{path}.tmp")
     try:
         temporary.write_bytes(buffer.getvalue())

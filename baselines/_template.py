@@ -77,6 +77,7 @@ def unlearn(args):
     # What is trained: here K and V of the cross-attention, where prompts enter the UNet.
     weights = trainable_weights(model.net, TRAINABLE["kv"])
     params = list(weights.values())
+    # fused: one kernel for all weights
     optimizer = torch.optim.AdamW(params, lr=args.lr, fused=True)
     batch, device = args.batch_size, model.device
     shape = (batch, *latents.shape[1:])

@@ -86,6 +86,7 @@ def unlearn(args):
     target_of = [targets for _, targets in pair_of]
     latents = generate_latents(args, model, emb, anchor_of)  # (n, 4, h, w)
 
+    # The released code trains K and V of the cross-attention, as DoCo's does after it.
     weights = trainable_weights(model.net, TRAINABLE[args.train_method])
     params = list(weights.values())
     optimizer = torch.optim.AdamW(params, lr=args.lr, weight_decay=1e-2, fused=True)

@@ -45,6 +45,8 @@ import tarfile
 import tempfile
 from pathlib import Path
 
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # see backbones.py
+
 import torch
 import torch.nn.functional as F
 from diffusers import (

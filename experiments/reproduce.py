@@ -36,14 +36,17 @@ The sections:
 """
 
 import argparse
+import functools
+import itertools
 import json
 import os
 import re
 import shlex
+import socket
 import statistics
 import time
 from collections import namedtuple
-from functools import partial
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -605,8 +608,10 @@ def run(args, job, seed):
 
     if not report_file.exists():
         print(f"\n$ {texts[0]}")
+        new_rendezvous()
         train_once(job, train, out, record)
         print(f"$ {texts[1]}")
+        new_rendezvous()
         began = time.time()
         # The original model's images are the same for all rows with the same prompts and seed.
         score += ["--cache", str(args.runs / "before")]
@@ -622,7 +627,7 @@ def train_once(job, train, out, record):
     """Runs the training of a job, unless its result is there, and records its seconds.
 
     Our scripts resume an interrupted run. A baseline starts again, and trains in the first process
-    alone; the others wait for it in the evaluation.
+    alone; the others go on and wait for it in new_rendezvous.
     """
     if any((out / result).exists() for result in baselines.RESULTS):
         return
@@ -646,6 +651,41 @@ def save_record(out, record):
 def rank():
     """The number of this process under torchrun, else 0."""
     return int(os.environ.get("RANK", 0))
+
+
+def world_size():
+    """The number of processes under torchrun, else 1."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+@functools.cache
+def torchrun_store():
+    """The key-value store that torchrun hosts for its processes. Waits 12 hours for a value."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return dist.TCPStore(address, port, is_master=False, timeout=timedelta(hours=12))
+
+
+RENDEZVOUS = itertools.count()
+
+
+def new_rendezvous():
+    """Lets the next process group meet at a port of its own. Called by all processes, in step.
+
+    The scripts start and end a process group each. All groups of a torchrun job exchange their
+    addresses in its store, under the same names: a fast process would read the address that another
+    one had in the group before, and connect to nobody. So each group gets a store of its own, which
+    the first process hosts. Does nothing without torchrun.
+    """
+    if world_size() == 1:
+        return
+    store = torchrun_store()
+    key = f"reproduce/{next(RENDEZVOUS)}"
+    if rank() == 0:
+        with socket.socket() as s:
+            s.bind(("", 0))  # 0: any free port
+            store.set(key, str(s.getsockname()[1]))
+    os.environ["MASTER_PORT"] = store.get(key).decode()  # the others wait for the first
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
 
 
 def write_outside_image(path):
@@ -854,8 +894,8 @@ def sample_rows(before, runs, prompts, each=3):
     before: the original model. runs: [(label, run folder)]. The same prompts and initial noise for
     all, `each` images per prompt. Under torchrun, every process comes here and generates a part.
     """
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    if world > 1:  # sampling shares the work as in eval.py, which has ended its own group
+    if world_size() > 1:  # sampling shares the work as in eval.py, which has ended its own group
+        new_rendezvous()
         dist.init_process_group("gloo")
     texts = [prompt for prompt in prompts for _ in range(each)]
     seeds = [SAMPLE_SEED + k for _ in prompts for k in range(each)]
@@ -866,7 +906,7 @@ def sample_rows(before, runs, prompts, each=3):
             sampler.load_unlearned(folder)
         images = sampler.sample(texts, seeds, f"samples: {label}")  # (n, 3, H, W)
         grid.append((label, list(images)))
-    if world > 1:
+    if world_size() > 1:
         dist.destroy_process_group()
     return grid
 
@@ -1086,7 +1126,7 @@ def main(args):
             if todo:
                 reports[job.name] = [run(args, job, seed) for seed in todo]
 
-        tables = select(tables, partial(has_report, reports))
+        tables = select(tables, functools.partial(has_report, reports))
         if tables:
             write(args, name, tables, reports)
         else:

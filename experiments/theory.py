@@ -65,8 +65,8 @@ def shift_of_surrogate(X, y, lam, i, x_new, y_new):
     """Theorem 2: theta+ - theta* when row i becomes (x_new, y_new), (d,). Eq. 45, B of Eq. 42."""
     r = x_new - X[i]  # Eq. 34
     s = y_new - y[i]  # Eq. 34
-    cross = outer(X[i], r)
-    M = cross + outer(r, X[i]) + outer(r, r)  # Eq. 32, (d, d): the change of X^T X
+    cross = outer(X[i], r)  # (d, d)
+    M = cross + cross.T + outer(r, r)  # Eq. 32, (d, d): the change of X^T X
     B = X[i] * s + r * y_new  # Eq. 42, (d,): the change of X^T y; Eq. 46 prints -r y_new
     theta_plus = solve(gram(X, lam) + M, X.T @ y + B)
     return theta_plus - fit(X, y, lam)
@@ -167,20 +167,24 @@ def plot_shifts(path):
     surrogate = shift_of_surrogate(X, y, lam, i, X[i], y_new)
 
     figure, axes = plt.subplots(figsize=(5.6, 3.8), layout="constrained")
-    lines = (
-        ("theta*: all points", theta, "black"),
-        (f"deleted: {deletion.item():+.3f}", theta + deletion, "firebrick"),
-        (f"surrogate: {surrogate.item():+.3f}", theta + surrogate, "royalblue"),
-    )
-    for label, slope, colour in lines:
-        axes.plot([0, 3.2], [0, 3.2 * slope.item()], colour, linewidth=2, label=label)
-    others = torch.arange(len(x)) != i
-    axes.plot(x[others], y[others], "o", color="black")
-    axes.plot(x[i], y[i], "o", color="firebrick")
-    axes.plot(x[i], y_new, "s", color="royalblue")
-    axes.text(2.92, y[i], "to unlearn", color="firebrick", ha="right", va="center")
-    axes.text(2.92, y_new, "surrogate", color="royalblue", ha="right", va="center")
-    axes.set(xlabel="x", ylabel="y", xlim=(0, 3.4), ylim=(0, 3.2))
+    red, blue = "firebrick", "royalblue"
+
+    def line(slope, colour, label):
+        """y = slope x, through all of the figure."""
+        axes.axline((0, 0), slope=slope.item(), color=colour, linewidth=2, label=label)
+
+    line(theta, "black", "theta*: all points")
+    line(theta + deletion, red, f"deleted: {deletion.item():+.3f}")
+    line(theta + surrogate, blue, f"surrogate: {surrogate.item():+.3f}")
+    axes.plot(x, y, "o", color="black")
+    axes.plot(x[i], y[i], "o", color=red)
+    axes.plot(x[i], y_new, "s", color=blue)
+    axes.text(2.92, y[i], "to unlearn", color=red, ha="right", va="center")
+    axes.text(2.92, y_new, "surrogate", color=blue, ha="right", va="center")
+    axes.set_xlim(0, 3.4)
+    axes.set_ylim(0, 3.2)
+    axes.set_xlabel("x")
+    axes.set_ylabel("y")
     axes.legend(loc="upper left", frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
 

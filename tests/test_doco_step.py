@@ -547,23 +547,23 @@ MUTANTS = {
     ),
     "L_r aims at the other noise": (
         "paper",
-        "batch_r.anchor), batch_r.noise)",
-        "batch_r.anchor), batch_f.noise)",
+        "F.mse_loss(eps_r, batch_r.noise)",
+        "F.mse_loss(eps_r, batch_f.noise)",
     ),
     "L_r aims at the image": (
         "paper",
-        "batch_r.anchor), batch_r.noise)",
-        "batch_r.anchor), batch_r.x0)",
+        "F.mse_loss(eps_r, batch_r.noise)",
+        "F.mse_loss(eps_r, batch_r.x0)",
     ),
     "L_r is M_init's": (
         "paper",
-        "F.mse_loss(predict(xt_r",
-        "F.mse_loss(predict_original(xt_r",
+        "eps_r = predict(xt_r",
+        "eps_r = predict_original(xt_r",
     ),
     "L_r is a sum": (
         "paper",
-        "batch_r.anchor), batch_r.noise)",
-        'batch_r.anchor), batch_r.noise, reduction="sum")',
+        "F.mse_loss(eps_r, batch_r.noise)",
+        'F.mse_loss(eps_r, batch_r.noise, reduction="sum")',
     ),
     "G_r is negative": (
         "paper",
@@ -643,8 +643,8 @@ MUTANTS = {
     ),
     "D is shown the target twice": (
         "paper",
-        "logits_anchor, logits_target = disc(view_anchor), disc(view_target.detach())",
-        "logits_anchor, logits_target = disc(view_target.detach()), disc(view_target.detach())",
+        "logits_anchor = disc(view_anchor)",
+        "logits_anchor = disc(view_target.detach())",
     ),
     "M fools D with the anchor": (
         "paper",

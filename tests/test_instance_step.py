@@ -425,11 +425,15 @@ RUNS = {
     "ddpm": ("ddpm", ("b.png", "random"), "--beta 9e-4 --steps 3"),
     "ddpm, constant": (
         "ddpm",
-        ("random", "flip"),
-        "--beta 1e-3 --constant-lambda 0.4 --surgery both --steps 3 "
+        ("d.png", "b.png"),
+        "--constant-lambda 0.4 --surgery both --lr 1e-2 --steps 8 "
         "--lr-scheduler constant --timestep-sampling uniform",
     ),
-    "ddpm, no surgery": ("ddpm", ("d.png", "b.png"), "--constant-lambda 0.4 --surgery none"),
+    "ddpm, no surgery": (
+        "ddpm",
+        ("d.png", "b.png"),
+        "--constant-lambda 0.4 --surgery none --lr 1e-2 --steps 8",
+    ),
     "sd": ("sd", ("flip", "random"), "--prompt cat --beta 5e-4"),
     "v-prediction": ("v", ("flip", "flip"), "--beta 5e-4"),
     "sd3": ("sd3", ("b.png", "random"), "--prompt cat --beta 5e-4"),
@@ -467,8 +471,20 @@ def run_recorded(module, folders, name):
         write(params, g)
 
     argv = ["--model", folders.models[model], "--forget", images / "a.png", images / "c.png"]
-    argv += ["--remember", images, "--out", folders.out, "--steps", 2, *flags.split()]
-    argv += ["--lr", LR, "--seed", SEED, "--batch-size", BATCH, "--rank", 4]
+    argv += ["--remember", images, "--out", folders.out]
+    argv += [
+        "--steps",
+        2,
+        "--lr",
+        LR,
+        *flags.split(),
+        "--seed",
+        SEED,
+        "--batch-size",
+        BATCH,
+        "--rank",
+        4,
+    ]
     argv += ["--surrogate", *(images / s if s.endswith("png") else s for s in surrogates)]
     args = module.parse_args(list(map(str, argv)))
     with pytest.MonkeyPatch.context() as m:
@@ -536,7 +552,7 @@ def plain_model(folders, model, prompt):
 
 
 def check_run(module, folders, name):
-    """Every gradient, every step of Adam and the log of a run, from Algorithm 1."""
+    """Every gradient, every step of Adam and the log of a run. Returns the cosines."""
     model, kinds, flags = RUNS[name]
     flags = flags.split()
     records, out = run_recorded(module, folders, name)
@@ -608,19 +624,21 @@ def check_run(module, folders, name):
     assert len(rows) == len(records)
 
     after = [weights for weights, _ in records[1:]]
+    rate = float(flag(flags, "--lr", LR))
     constant = flag(flags, "--lr-scheduler", "linear") == "constant"
     m, v = 0, 0
     for number, got in enumerate(after):
         before, g = records[number]
         k = number + 1
         m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g  # Adam (Kingma and Ba 2015)
-        lr = LR if constant else LR * (1 - number % per_image / per_image)
+        lr = rate if constant else rate * (1 - number % per_image / per_image)
         move = (m / (1 - 0.9**k)) / ((v / (1 - 0.999**k)).sqrt() + 1e-8)
-        torch.testing.assert_close(got, before - lr * move, rtol=0, atol=1e-3 * LR)
+        torch.testing.assert_close(got, before - lr * move, rtol=0, atol=1e-3 * rate)
     if model == "ddpm":  # the last step, too, is in what is saved
         saved = load_file(out / "pipeline/unet/diffusion_pytorch_model.safetensors")
         last = flat(saved[n] for n, _ in net.named_parameters())
-        assert 0 < (last - after[-1]).abs().max() < 3 * LR
+        assert 0 < (last - after[-1]).abs().max() < 3 * rate
+    return [row["cos"] for row in rows]
 
 
 def test_run_by_hand(folders):
@@ -630,7 +648,9 @@ def test_run_by_hand(folders):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [n for n in RUNS if n != "ddpm"])
 def test_run_of_each_family_by_hand(folders, name):
-    check_run(instance_unlearn, folders, name)
+    cosines = check_run(instance_unlearn, folders, name)
+    if "--surgery" in RUNS[name][2]:
+        assert min(cosines) < 0 < max(cosines)  # or the surgeries would not be told apart
 
 
 # ---- mutants of the pure functions --------------------------------------------------------------
