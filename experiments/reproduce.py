@@ -852,7 +852,7 @@ def trade_off_points(table, reports):
     return points
 
 
-def draw_trade_offs(folder, name, tables, reports):
+def plot_trade_offs(folder, name, tables, reports):
     """A figure per table, where at least two rows compete. Returns the names of the files.
 
     Less is better on the x axis, and more on the y axis: the best methods are in the upper left.
@@ -911,7 +911,7 @@ def sample_rows(before, runs, prompts, each=3):
     return grid
 
 
-def draw_samples(args, name, tables, reports):
+def plot_samples(args, name, tables, reports):
     """TABLE-samples.png, for concepts. Returns the names of the files: one, or none."""
     rows = competing_rows(tables)
     if not rows or rows[0].job.score[0] != "concept":
@@ -1020,10 +1020,10 @@ def write(args, name, tables, reports):
     """
     args.out.mkdir(parents=True, exist_ok=True)
     # All processes generate samples; only then may the others go on to the next table.
-    figures = draw_samples(args, name, tables, reports)
+    figures = plot_samples(args, name, tables, reports)
     if rank() != 0:
         return
-    figures += draw_trade_offs(args.out, name, tables, reports)
+    figures += plot_trade_offs(args.out, name, tables, reports)
     lines = [f"# {name}, {'at the papers’ size' if args.paper else 'in miniature'}", ""]
     for file in figures:
         kind = "samples" if file.endswith("samples.png") else "trade-off"

@@ -1,286 +1,653 @@
-"""Every update of doco.py recomputed by hand, sample by sample, from the equations; and mutants of the code, each caught.
+"""The training loop of doco.py, on a tiny Stable Diffusion; and broken copies of it.
 
-`check` runs a module (doco.py, or a mutant of it) for four iterations on the tiny model and looks over its shoulder: it takes
-the weights and the gradient of each half of each iteration where they are handed to the optimizers. Then it does the same with
-nothing but the equations, plain diffusers and the documented order of the draws.
+doco_step() as a function is tested in test_doco_step.py. Here are the things around it: which
+images, prompts, timesteps and noises a step gets, what M_init is, what the optimizers do with the
+gradients, what the log holds, and that a resumed run goes on as if nothing had happened.
+
+`check_training` runs a module (doco.py, or a mutant of it) for four steps and records what is
+handed to the two optimizers. Then it computes the same with plain diffusers, the equations, and the
+documented order of the random draws, sample by sample.
 """
 
+import copy
+import json
+import os
 import re
+import signal
 import types
 
 import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+import common
 import doco
 from discriminator import patchgan
 
 SEED, BATCH, STEPS, WARMUP, LR, DISC_LR = 2, 2, 4, 1, 1e-3, 2e-3
-OBJECT = ["--target", "Grumpy Cat", "--anchor", "Cat", "--prompts", "CATS"]
-TWO = ["--target", "Tom", "Snoopy", "--anchor", "cat", "dog", "--prompts", "BOTH"]
-STYLE = ["--target", "Van Gogh", "--anchor", "painting", "--concept-type", "style", "--prompts", "STYLE"]
-FILES = {"CATS": "a photo of a cat\none Cat\nthe cat sleeps\n",
-         "BOTH": "a cat and a dog\na dog and a cat\na dog\n",
-         "STYLE": "a painting of a dog\n"}  # fmt: skip
-# What each file must become: (anchor prompt, target prompts), the targets taking turns.
-PAIRS = {
-    "CATS": [("a photo of a cat", ["a photo of a Grumpy Cat"]), ("one Cat", ["one Grumpy Cat"]),
-             ("the cat sleeps", ["the Grumpy Cat sleeps"])],
-    "BOTH": [("a cat and a dog", ["a Tom and a dog"]), ("a cat and a dog", ["a cat and a Snoopy"]),
-             ("a dog and a cat", ["a dog and a Tom"]), ("a dog and a cat", ["a Snoopy and a cat"]), ("a dog", ["a Snoopy"])],
-    "STYLE": [("a painting of a dog", ["a painting of a dog, in the style of Van Gogh", "a dog, in the style of Van Gogh",
-                                       "in Van Gogh's style, a painting of a dog"])],
-}  # fmt: skip
+N_IMAGES = STEPS * BATCH
+
+# The prompts, and the pairs that must become of them: (anchor prompt, target prompts).
+CATS = "a photo of a cat\none Cat\nthe cat sleeps\n"
+CATS_PAIRS = [
+    ("a photo of a cat", ["a photo of a Grumpy Cat"]),
+    ("one Cat", ["one Grumpy Cat"]),
+    ("the cat sleeps", ["the Grumpy Cat sleeps"]),
+]
+BOTH = "a cat and a dog\na dog and a cat\na dog\n"
+BOTH_PAIRS = [
+    ("a cat and a dog", ["a Tom and a dog"]),
+    ("a cat and a dog", ["a cat and a Snoopy"]),
+    ("a dog and a cat", ["a dog and a Tom"]),
+    ("a dog and a cat", ["a Snoopy and a cat"]),
+    ("a dog", ["a Snoopy"]),
+]
+STYLE = "a painting of a dog\n"
+STYLE_PAIRS = [
+    (
+        "a painting of a dog",
+        [
+            "a painting of a dog, in the style of Van Gogh",
+            "a dog, in the style of Van Gogh",
+            "in Van Gogh's style, a painting of a dog",
+        ],
+    )
+]
+OF_CATS = ["--target", "Grumpy Cat", "--anchor", "Cat"]
+OF_BOTH = ["--target", "Tom", "Snoopy", "--anchor", "cat", "dog"]
+OF_STYLE = ["--target", "Van Gogh", "--anchor", "painting", "--concept-type", "style"]
+
+# name: (content of --prompts, the pairs, flags)
+SWITCHES = {
+    "paper": (CATS, CATS_PAIRS, OF_CATS),
+    "lambda 0.5": (CATS, CATS_PAIRS, [*OF_CATS, "--lam", "0.5"]),
+    "no retention": (CATS, CATS_PAIRS, [*OF_CATS, "--retain", "none"]),
+    "l2": (CATS, CATS_PAIRS, [*OF_CATS, "--retain", "l2"]),
+    "x_{t-20}": (CATS, CATS_PAIRS, [*OF_CATS, "--disc-input", "xprev", "--stride", "20"]),
+    "x_{t-1}": (CATS, CATS_PAIRS, [*OF_CATS, "--disc-input", "xprev"]),
+    "x_{t-900}": (CATS, CATS_PAIRS, [*OF_CATS, "--disc-input", "xprev", "--stride", "900"]),
+    "project the step": (CATS, CATS_PAIRS, [*OF_CATS, "--project", "step"]),
+    "project the step, lambda 0.5": (
+        *(CATS, CATS_PAIRS),
+        [*OF_CATS, "--project", "step", "--lam", "0.5"],
+    ),
+    "x_{t-20}, project the step, lambda 0.5": (
+        *(CATS, CATS_PAIRS),
+        [*OF_CATS, "--disc-input", "xprev", "--stride", "20", "--project", "step", "--lam", "0.5"],
+    ),
+    "two targets": (BOTH, BOTH_PAIRS, OF_BOTH),
+    "style": (STYLE, STYLE_PAIRS, OF_STYLE),
+    "init": (CATS, CATS_PAIRS, [*OF_CATS, "--init", "EARLIER"]),
+}
+QUICK = ("paper", "x_{t-20}, project the step, lambda 0.5", "two targets", "style", "init")
+
+
+# ---- runs ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def run(tiny, tmp_path, monkeypatch):
-    """run(module, *flags): four iterations of a module; the run folder, its records and what it was told."""
-    for name, text in FILES.items():
-        (tmp_path / name).write_text(text)
+def train(tiny, tmp_path, monkeypatch):
+    """train(module, text of --prompts, *flags): a run folder."""
 
-    def go(module, *flags):
-        records, write = [], module.write_grad
+    def run(module, text, *flags, out="run"):
+        (tmp_path / "prompts.txt").write_text(text)
+        monkeypatch.setitem(module.SMALL_IMAGES, "sampling_steps", 3)
+        argv = ["--model", tiny, "--prompts", tmp_path / "prompts.txt", "--out", tmp_path / out]
+        argv += ["--steps", STEPS, "--warmup-steps", WARMUP, "--batch-size", BATCH]
+        argv += ["--seed", SEED, "--lr", LR, "--disc-lr", DISC_LR, *flags]
+        return module.unlearn(module.parse_args([str(value) for value in argv]))
 
-        def spy(params, grad):
+    return run
+
+
+@pytest.fixture
+def recorded(train, tiny, tmp_path, monkeypatch):
+    """recorded(module, switch): (run folder, what each optimizer got: [(values, gradient)])."""
+
+    def run(module, switch):
+        text, _, flags = SWITCHES[switch]
+        if "EARLIER" in flags:
+            flags = [earlier_run(tiny, tmp_path) if f == "EARLIER" else f for f in flags]
+        records, write_grad = [], module.write_grad
+
+        def record(params, grad):
             params = list(params)
-            records.append(([p.detach().clone() for p in params], grad.detach().clone()))
-            write(params, grad)
+            records.append((flat(params), grad.detach().clone()))
+            write_grad(params, grad)
 
-        monkeypatch.setattr(module, "write_grad", spy)
-        monkeypatch.setitem(module.SMALL, "sampling_steps", 3)
-        files = [str(tmp_path / f) if f in FILES else f for f in flags]
-        argv = ["--model", str(tiny), "--steps", str(STEPS), str(WARMUP), "--batch-size", str(BATCH), "--seed", str(SEED)]
-        argv += ["--lr", str(LR), str(DISC_LR), "--out", str(tmp_path / "run")]
-        return module.unlearn(module.parse_args([*argv, *files])), records
+        monkeypatch.setattr(module, "write_grad", record)
+        return train(module, text, *flags), records
 
-    return go
+    return run
 
 
-def flag(flags, name, default=None):
-    return flags[flags.index(name) + 1] if name in flags else default
+def earlier_run(tiny, tmp_path):
+    """A run folder to start from: other weights than the original model's."""
+    folder = tmp_path / "earlier"
+    folder.mkdir()
+    unet = StableDiffusionPipeline.from_pretrained(tiny).unet
+    g = torch.Generator().manual_seed(0)
+    earlier = {}
+    for name, p in trained_parameters(unet).items():
+        earlier[name] = p.detach() + 0.1 * torch.randn(p.shape, generator=g)
+    save_file(earlier, folder / "delta.safetensors")
+    return folder
 
 
-def adam(values, grads, lr, betas=(0.9, 0.999), decay=0.0):
-    """The values after Adam's steps (Kingma & Ba 2015) with decoupled weight decay, from the gradients of all of them."""
-    m, v = torch.zeros_like(values), torch.zeros_like(values)
-    for k, g in enumerate(grads, 1):
-        m, v = betas[0] * m + (1 - betas[0]) * g, betas[1] * v + (1 - betas[1]) * g * g
-        step = (m / (1 - betas[0] ** k)) / ((v / (1 - betas[1] ** k)).sqrt() + 1e-8)
-        yield (values := values * (1 - lr * decay) - lr * step)
+def trained_parameters(unet):
+    """{name: parameter} of the keys and values of the cross-attention."""
+    parameters = dict(unet.named_parameters())
+    return {n: p for n, p in parameters.items() if "attn2.to_k" in n or "attn2.to_v" in n}
+
+
+# ---- the second computation ---------------------------------------------------------------------
 
 
 def flat(tensors):
-    return torch.cat([t.detach().flatten() for t in tensors])
+    """One vector of all the numbers, a copy."""
+    return torch.cat([t.detach().reshape(-1) for t in tensors])
+
+
+def write(params, vector):
+    """Writes a vector into the parameters."""
+    for p, values in zip(params, vector.split([p.numel() for p in params]), strict=True):
+        p.data.copy_(values.view_as(p))
 
 
 def close(got, expected, what):
-    torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item(), msg=lambda m: f"{what}: {m}")
+    """Equal up to the rounding of single precision."""
+    expected = torch.as_tensor(expected, dtype=got.dtype)
+    atol = 1e-4 * expected.abs().max().item()
+    torch.testing.assert_close(got, expected, rtol=1e-3, atol=atol, msg=lambda m: f"{what}: {m}")
 
 
-def original_pipeline(folder):
-    none = dict(safety_checker=None, requires_safety_checker=False)
-    return StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32, **none)
+def anchor_images(pipe, pairs):
+    """Image j from the anchor prompt of pair j, by DPM-Solver++, guidance 6, and its own seed."""
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+    seeds = [torch.Generator().manual_seed(SEED * 1_000_003 + j) for j in range(N_IMAGES)]
+    prompts = [pairs[j % len(pairs)][0] for j in range(N_IMAGES)]
+    return pipe(
+        prompts,
+        guidance_scale=6.0,
+        num_inference_steps=3,
+        output_type="latent",
+        generator=seeds,
+    ).images
 
 
-def check(module, run, tiny, *flags):
-    """Raises AssertionError where the module's anchor images, gradients or steps are not those of the equations."""
-    out, records = run(module, *flags)
-    pairs = PAIRS[flag(flags, "--prompts")]
-    retain, lam = flag(flags, "--retain", "cp"), float(flag(flags, "--lam", 1))
-    view, stride = (flag(flags, "--view", "x0").split(":") + ["1"])[:2]
-    pipe = original_pipeline(tiny)
-    pipe.set_progress_bar_config(disable=True)
-    with torch.no_grad():
-        emb = {p: pipe.encode_prompt(p, "cpu", 1, False)[0] for a, ts in pairs for p in (a, *ts)}
+def shown_to_d(disc_input, stride, a_bar, t, xt, eps, posterior_noise):
+    """What D is shown of a sample: x0_hat, or the posterior sample in DDPM's words."""
+    a = a_bar[t]
+    x0_hat = (xt - (1 - a).sqrt() * eps) / a.sqrt()
+    if disc_input == "x0":
+        return x0_hat
+    a_s = a_bar[t - stride] if t >= stride else torch.tensor(1.0)
+    mean_x0 = a_s.sqrt() * (1 - a / a_s) / (1 - a) * x0_hat
+    mean_xt = (a / a_s).sqrt() * (1 - a_s) / (1 - a) * xt
+    sigma = ((1 - a_s) / (1 - a) * (1 - a / a_s)).sqrt()
+    return mean_x0 + mean_xt + sigma * posterior_noise
 
-    # The anchor images: image j from the anchor prompt of pair j, with guidance 6, by DPM-Solver++, from its own seed
-    n = min(64, STEPS * BATCH)
-    pipe.scheduler, pndm = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config), pipe.scheduler
-    seeds = [torch.Generator().manual_seed(SEED * 1_000_003 + j) for j in range(n)]
-    prompts = [pairs[j % len(pairs)][0] for j in range(n)]
-    latents = pipe(prompts, guidance_scale=6.0, num_inference_steps=3, output_type="latent", generator=seeds).images
-    close(load_file(out / "anchor_latents.safetensors")["latents"], latents, "anchor images")
 
-    # Two networks: one is trained, the other stays the original
-    beta = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
-    a_bar = (1 - beta).cumprod(0).float()
-    torch.testing.assert_close(a_bar, pndm.alphas_cumprod, rtol=1e-4, atol=0)
-    original = original_pipeline(tiny).unet.eval()
-    net = pipe.unet.eval()
-    trained = [p for name, p in net.named_parameters() if "attn2.to_k" in name or "attn2.to_v" in name]
-    torch.manual_seed(SEED)
-    disc = patchgan(16)
-    assert all(torch.equal(p, q) for p, q in zip(disc.parameters(), records[0][0], strict=True))  # D begins with its seed
+class Recomputation:
+    """The same training with two networks, one of which stays the original."""
 
-    halves, k = [], 0  # (of the UNet or None, of D) for each iteration
-    for step in range(STEPS):
-        halves.append((records[k] if step >= WARMUP else None, records[k + (step >= WARMUP)]))
-        k += 1 + (step >= WARMUP)
-    assert k == len(records)
+    def __init__(self, tiny, pairs, args):
+        pipe = StableDiffusionPipeline.from_pretrained(tiny, dtype=torch.float32)
+        pipe.set_progress_bar_config(disable=True)
+        self.pairs, self.args = pairs, args
+        prompts = {p for anchor, targets in pairs for p in (anchor, *targets)}
+        with torch.no_grad():
+            encode = pipe.encode_prompt
+            self.embeddings = {p: encode(p, "cpu", 1, False)[0] for p in prompts}
+        self.latents = anchor_images(pipe, pairs)
+        beta = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+        self.a_bar = (1 - beta).cumprod(0).float()
+        self.original = pipe.unet.eval()
+        self.net = copy.deepcopy(self.original)
+        self.trained = trained_parameters(self.net)
+        torch.manual_seed(SEED)
+        self.disc = patchgan(16)
 
-    conflicts, begin, unet_grads, retain_grads, disc_grads = [], flat(trained), [], [], []
-    for step, (of_unet, of_disc) in enumerate(halves):
-        if of_unet is not None:
-            for p, value in zip(trained, of_unet[0], strict=True):
-                p.data.copy_(value)
-        for p, value in zip(disc.parameters(), of_disc[0], strict=True):
-            p.data.copy_(value)
-        g = torch.Generator().manual_seed(SEED * 1_000_003 + step)  # the draws, in their documented order
-        i, i_r = torch.randint(n, (2, BATCH), generator=g)
+    def step(self, step):
+        """(losses, gradients) of a step at the present weights: {"u", "r", "d"} each."""
+        g = torch.Generator().manual_seed(SEED * 1_000_003 + step)
+        idx, idx_r = torch.randint(N_IMAGES, (2, BATCH), generator=g)
         t, t_r = torch.randint(1000, (2, BATCH), generator=g)
-        eps, eps_r, fresh = torch.randn(3, BATCH, 4, 16, 16, generator=g)
-        loss_u = loss_r = loss_d = 0
+        noise, noise_r, posterior_noise = torch.randn(3, BATCH, 4, 16, 16, generator=g)
+        losses = {"u": 0, "r": 0, "d": 0}
         for b in range(BATCH):
-            anchor, targets = pairs[i[b] % len(pairs)]
-            a = a_bar[t[b]]
-            xt = a.sqrt() * latents[i[b]] + (1 - a).sqrt() * eps[b]  # Eq. 1
-
-            def see(e, a=a, xt=xt, b=b, t=t, fresh=fresh):
-                x0 = (xt - (1 - a).sqrt() * e) / a.sqrt()
-                if view == "x0":
-                    return x0
-                s = int(t[b]) - int(stride)
-                a_s = a_bar[s] if s >= 0 else torch.tensor(1.0)
-                mean = a_s.sqrt() * (1 - a / a_s) / (1 - a) * x0 + (a / a_s).sqrt() * (1 - a_s) / (1 - a) * xt
-                return mean + ((1 - a_s) / (1 - a) * (1 - a / a_s)).sqrt() * fresh[b]
-
+            anchor, targets = self.pairs[idx[b] % len(self.pairs)]
+            target = targets[step % len(targets)]
+            a = self.a_bar[t[b]]
+            xt = a.sqrt() * self.latents[idx[b]] + (1 - a).sqrt() * noise[b]  # Eq. 1
+            shown = (self.args.disc_input, self.args.stride, self.a_bar, int(t[b]), xt)
             with torch.no_grad():
-                of_anchor = see(original(xt[None], t[b], emb[anchor]).sample)  # Eq. 5
-            of_target = see(net(xt[None], t[b], emb[targets[step % len(targets)]]).sample)
-            patch = lambda x: torch.sigmoid(disc(x).double())  # noqa: E731, D's probability of "anchor", patch by patch
-            loss_u = loss_u - patch(of_target).log().mean() / BATCH  # Eq. 8, non-saturating
-            loss_d = loss_d - (patch(of_anchor).log() + (1 - patch(of_target.detach())).log()).mean() / BATCH  # Eq. 8
-            a_r = a_bar[t_r[b]]
-            x_r = a_r.sqrt() * latents[i_r[b]] + (1 - a_r).sqrt() * eps_r[b]
-            pred = net(x_r[None], t_r[b], emb[pairs[i_r[b] % len(pairs)][0]]).sample[0]
-            loss_r = loss_r + (eps_r[b] - pred).square().mean() / BATCH  # Eq. 9
-        g_d = flat(torch.autograd.grad(loss_d, disc.parameters()))
-        close(of_disc[1], g_d, f"gradient of D, iteration {step}")
-        disc_grads.append(of_disc[1])
-        if of_unet is None:
-            continue
-        g_u = flat(torch.autograd.grad(loss_u, trained))
-        g_r = flat(torch.autograd.grad(loss_r, trained))
-        conflicts.append(bool(g_u @ g_r < 0))
-        expected = g_u
-        if retain == "l2":
-            expected = g_u + g_r
-        if retain == "cp" and "--project" not in flags and g_u @ g_r < 0:
-            expected = g_u - lam * (g_u @ g_r) / (g_r @ g_r) * g_r  # Eq. 10
-        close(of_unet[1], expected, f"gradient of the UNet, iteration {step}")
-        unet_grads.append(of_unet[1])
-        retain_grads.append(g_r)
+                eps = self.original(xt[None], t[b], self.embeddings[anchor]).sample  # Eq. 5
+                of_anchor = shown_to_d(*shown, eps, posterior_noise[b])
+            eps = self.net(xt[None], t[b], self.embeddings[target]).sample
+            of_target = shown_to_d(*shown, eps, posterior_noise[b])
+            p_anchor = torch.sigmoid(self.disc(of_anchor).double())
+            p_target = torch.sigmoid(self.disc(of_target.detach()).double())
+            losses["d"] -= (p_anchor.log() + (1 - p_target).log()).mean() / BATCH  # Eq. 8
+            p_fooled = torch.sigmoid(self.disc(of_target).double())
+            losses["u"] -= p_fooled.log().mean() / BATCH  # Eq. 8, non-saturating
 
-    # The steps that the optimizers make of these gradients: AdamW of rate LR for the UNet, Adam of rate DISC_LR for D
-    result = load_file(out / "delta.safetensors")
-    end = flat(result[name] for name, _ in net.named_parameters() if name in result)
-    after = [flat(h[0][0]) for h in halves if h[0]][1:] + [end]
-    old, m, v = begin, 0, 0
-    for k, (grad, got) in enumerate(zip(unet_grads, after, strict=True), 1):
-        m, v = 0.9 * m + 0.1 * grad, 0.999 * v + 0.001 * grad * grad
-        move = LR * 1e-2 * old + LR * (m / (1 - 0.9**k)) / ((v / (1 - 0.999**k)).sqrt() + 1e-8)
-        if "--project" in flags and move @ (g_r := retain_grads[k - 1]) < 0:
-            move = move - lam * (move @ g_r) / (g_r @ g_r) * g_r  # Eq. 10, of the step
-        torch.testing.assert_close(got, old - move, rtol=0, atol=2e-4 * LR, msg=lambda s: f"step of the UNet: {s}")
-        old = got
-    moved = list(adam(flat(halves[0][1][0]), disc_grads, DISC_LR, betas=(0.5, 0.999)))[:-1]
-    for got, value in zip([flat(h[1][0]) for h in halves][1:], moved, strict=True):
-        torch.testing.assert_close(got, value, rtol=0, atol=2e-3 * DISC_LR, msg=lambda s: f"step of D: {s}")
+            a_r = self.a_bar[t_r[b]]
+            x_r = a_r.sqrt() * self.latents[idx_r[b]] + (1 - a_r).sqrt() * noise_r[b]
+            anchor_r = self.pairs[idx_r[b] % len(self.pairs)][0]
+            eps_r = self.net(x_r[None], t_r[b], self.embeddings[anchor_r]).sample[0]
+            losses["r"] += (noise_r[b] - eps_r).square().mean() / BATCH  # Eq. 9
+        weights = {"u": self.trained.values(), "r": self.trained.values()}
+        weights["d"] = self.disc.parameters()
+        gradients = {k: flat(torch.autograd.grad(losses[k], list(weights[k]))) for k in losses}
+        return {k: float(loss.detach()) for k, loss in losses.items()}, gradients
+
+    def gradient(self, gradients):
+        """G, of which M's optimizer makes a step."""
+        g_u, g_r = gradients["u"], gradients["r"]
+        dot = g_u @ g_r
+        if self.args.retain == "l2":
+            return g_u + g_r
+        if self.args.retain == "cp" and self.args.project == "gradient" and dot < 0:
+            return g_u - self.args.lam * dot / (g_r @ g_r) * g_r  # Eq. 10
+        return g_u
+
+
+def adam_direction(gradients, beta_1):
+    """Adam's step for the last of the gradients, for a learning rate of 1 (Kingma & Ba 2015)."""
+    m, v = 0, 0
+    for g in gradients:
+        m = beta_1 * m + (1 - beta_1) * g
+        v = 0.999 * v + 0.001 * g * g
+    k = len(gradients)
+    return (m / (1 - beta_1**k)) / ((v / (1 - 0.999**k)).sqrt() + 1e-8)
+
+
+def check_training(module, recorded, tiny, switch):
+    """Raises AssertionError unless a run of the module is what the equations give.
+
+    Returns, for each step that trains M, whether the two gradients conflict.
+    """
+    run, records = recorded(module, switch)
+    _, pairs, flags = SWITCHES[switch]
+    args = doco.parse_args(flags)
+    other = Recomputation(tiny, pairs, args)
+    images = load_file(run / "anchor_latents.safetensors")["latents"]
+    close(images, other.latents, "anchor images")
+    assert torch.equal(records[0][0], flat(other.disc.parameters())), "D begins otherwise"
+    result = load_file(run / "delta.safetensors")
+    assert result.keys() == other.trained.keys()
+
+    # In the warm-up, D alone; then M and D take turns.
+    of_d = [records[0], *records[2::2]]
+    of_m = records[1::2]
+    assert WARMUP == 1 and len(of_d) == STEPS and len(of_m) == STEPS - 1, "number of steps"
+    end = flat(result[name] for name in other.trained)
+    values_m = [values for values, _ in of_m] + [end]
+    conflicts = []
+    for step in range(STEPS):
+        write(list(other.trained.values()), values_m[max(0, step - WARMUP)])
+        write(list(other.disc.parameters()), of_d[step][0])
+        losses, gradients = other.step(step)
+        close(of_d[step][1], gradients["d"], f"gradient of D, step {step}")
+        if step + 1 < STEPS:
+            so_far = [g for _, g in of_d[: step + 1]]
+            step_d = of_d[step][0] - of_d[step + 1][0]
+            expected = DISC_LR * adam_direction(so_far, 0.5)
+            torch.testing.assert_close(step_d, expected, rtol=0, atol=2e-3 * DISC_LR)
+        if step < WARMUP:
+            continue
+        k = step - WARMUP
+        conflicts.append(bool(gradients["u"] @ gradients["r"] < 0))
+        close(of_m[k][1], other.gradient(gradients), f"gradient of M, step {step}")
+        so_far = [g for _, g in of_m[: k + 1]]
+        adam = LR * 1e-2 * values_m[k] + LR * adam_direction(so_far, 0.9)  # AdamW
+        g_r = gradients["r"]
+        dot = adam @ g_r
+        step_m = adam
+        if args.project == "step" and dot < 0:
+            step_m = adam - args.lam * dot / (g_r @ g_r) * g_r  # Eq. 10, of the step
+        taken = values_m[k] - values_m[k + 1]
+        torch.testing.assert_close(taken, step_m, rtol=0, atol=2e-4 * LR)
+
+    rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    expected = {"step": STEPS - 1, "loss_d": losses["d"], "loss_u": losses["u"]}
+    expected["norm_g"] = of_m[-1][1].norm()
+    if args.retain != "none":
+        g_u = gradients["u"]
+        expected |= {"loss_r": losses["r"], "norm_r": g_r.norm(), "norm_f": g_u.norm()}
+        expected["cos"] = g_u @ g_r / g_u.norm() / g_r.norm()
+        expected["cos_step"] = dot / adam.norm() / g_r.norm()
+        expected["conflict"] = sum(conflicts) / len(conflicts)
+    assert len(rows) == 1 and rows[0].keys() == expected.keys() | {"disc_acc"}, rows
+    for name, value in expected.items():
+        close(torch.tensor(float(rows[0][name])), value, f"{name} of the log")
     return conflicts
 
 
-SWITCHES = {
-    "paper": OBJECT,
-    "lambda 0.5": [*OBJECT, "--lam", "0.5"],
-    "no retention": [*OBJECT, "--retain", "none"],
-    "L2": [*OBJECT, "--retain", "l2"],
-    "x_{t-20}": [*OBJECT, "--view", "xprev:20"],
-    "x_{t-1}": [*OBJECT, "--view", "xprev"],
-    "x_{t-900}, mostly before 0": [*OBJECT, "--view", "xprev:900"],
-    "Adam's step": [*OBJECT, "--project", "step"],
-    "Adam's step, lambda 0.5": [*OBJECT, "--project", "step", "--lam", "0.5"],
-    "two targets": TWO,
-    "style": STYLE,
+def check_log(module, train, monkeypatch):
+    """Raises AssertionError unless the rows are those of steps 9 and 12, of 13.
+
+    A row holds the losses of its step, and of conflict the mean since the last row.
+    """
+    updates, doco_step = [], module.doco_step
+
+    def record(*args, **kwargs):
+        updates.append(doco_step(*args, **kwargs))
+        conflicts.append(updates[-1].stats.get("conflict"))  # train() writes the mean over it
+        return updates[-1]
+
+    conflicts = []
+    monkeypatch.setattr(module, "doco_step", record)
+    flags = [*OF_CATS, "--steps", "13", "--warmup-steps", "2", "--resolution", "32"]
+    run = train(module, CATS, *flags)
+    rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [9, 12]
+    parts = (conflicts[2:10], conflicts[10:])
+    for row, part in zip(rows, parts, strict=True):
+        assert abs(row["conflict"] - float(sum(part)) / len(part)) < 1e-6, (row, conflicts)
+        for name in ("loss_d", "loss_u", "loss_r", "cos"):
+            assert row[name] == float(updates[row["step"]].stats[name]), name
+    assert 0 < float(sum(parts[0])) < len(parts[0]), "conflicts and agreements"
+
+
+def check_resume(module, train, monkeypatch):
+    """Raises AssertionError unless a run stopped by SIGTERM, and resumed, is the undisturbed one.
+
+    Weights and log are compared, bitwise.
+    """
+    flags = [*OF_CATS, "--steps", "14", "--warmup-steps", "2", "--resolution", "32"]
+    whole = train(module, CATS, *flags, out="whole")
+    calls, doco_step = [], module.doco_step
+
+    def stop_at_step_5(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return doco_step(*args, **kwargs)
+
+    monkeypatch.setattr(module, "doco_step", stop_at_step_5)
+    with pytest.raises(SystemExit, match="SIGTERM: saved a checkpoint after 10 steps"):
+        train(module, CATS, *flags, out="cut")
+    resumed = train(module, CATS, *flags, "--resume", out="cut")
+    assert len(calls) == 14, f"{len(calls)} steps"
+    a, b = (load_file(run / "delta.safetensors") for run in (whole, resumed))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert (whole / "log.jsonl").read_text() == (resumed / "log.jsonl").read_text()
+
+
+# ---- the checks on the code as it is ------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "switch", [s if s in QUICK else pytest.param(s, marks=pytest.mark.slow) for s in SWITCHES]
+)
+def test_training_by_hand(recorded, tiny, switch):
+    conflicts = check_training(doco, recorded, tiny, switch)
+    if switch == "paper":  # otherwise the two cases of Eq. 10 would not be told apart
+        assert set(conflicts) == {True, False}
+
+
+def test_log_by_hand(train, monkeypatch):
+    check_log(doco, train, monkeypatch)
+
+
+@pytest.mark.slow
+def test_resumed_equals_undisturbed(train, monkeypatch):
+    check_resume(doco, train, monkeypatch)
+
+
+# ---- mutants: one line of the loop changed, and a check above fails -----------------------------
+
+# name: (switch, line of doco.py, what becomes of it). Each line is there once.
+MUTANTS = {
+    # which images, prompts, timesteps and noises
+    "the seed is not used": (
+        "paper",
+        'common.generator(args.seed, "doco_steps", step)',
+        'common.generator(0, "doco_steps", step)',
+    ),
+    "every step is the first": (
+        "paper",
+        'common.generator(args.seed, "doco_steps", step)',
+        'common.generator(args.seed, "doco_steps", 0)',
+    ),
+    "the draws are torch's own": (
+        "paper",
+        'g = common.generator(args.seed, "doco_steps", step)',
+        "g = None",
+    ),
+    "the images of retention are those of D": (
+        "paper",
+        "RetainBatch(latents[idx_r], noise_r",
+        "RetainBatch(latents[idx], noise_r",
+    ),
+    "their noise is that of D": ("paper", "latents[idx_r], noise_r", "latents[idx_r], noise"),
+    "their noise level is that of D": ("paper", "noise_r, t_r, anchor_r)", "noise_r, t, anchor_r)"),
+    "their prompts are those of D": (
+        "paper",
+        "noise_r, t_r, anchor_r)",
+        "noise_r, t_r, anchor)",
+    ),
+    "images and prompts do not belong together": (
+        "two targets",
+        "entries = [pairs[j % len(pairs)] for j in idx]",
+        "entries = [pairs[(j + 1) % len(pairs)] for j in idx]",
+    ),
+    "images and prompts of retention do not belong together": (
+        "two targets",
+        "entries_r = [pairs[j % len(pairs)] for j in idx_r]",
+        "entries_r = [pairs[(j + 1) % len(pairs)] for j in idx_r]",
+    ),
+    "the target's prompt is the anchor's": (
+        "paper",
+        "for prompt in target_prompts]",
+        "for prompt, _ in entries]",
+    ),
+    "the anchor's prompt is the target's": (
+        "paper",
+        "noise, t, anchor, target, posterior_noise)",
+        "noise, t, target, target, posterior_noise)",
+    ),
+    "anchor and target change places": (
+        "paper",
+        "noise, t, anchor, target, posterior_noise)",
+        "noise, t, target, anchor, posterior_noise)",
+    ),
+    "the posterior's noise is that of x_t": (
+        "x_{t-20}",
+        "noise, t, anchor, target, posterior_noise)",
+        "noise, t, anchor, target, noise)",
+    ),
+    "only the first prompt of a style": (
+        "style",
+        "variants[step % len(variants)]",
+        "variants[0]",
+    ),
+    "targets one after another": (
+        "two targets",
+        "for turn in zip_longest(*per_target) for pair in turn if pair",
+        "for part in per_target for pair in part",
+    ),
+    "the anchor is replaced inside of words, too": (
+        "paper",
+        r'rf"(?<!\w){re.escape(anchor)}(?!\w)", re.IGNORECASE)',
+        r'rf"(?<!\w){re.escape(anchor)}(?!\w)")',
+    ),
+    # the anchor images
+    "images of no prompt": (
+        "paper",
+        "[conditions[prompts[j % len(prompts)]] for j in chunk]",
+        '[conditions[""] for j in chunk]',
+    ),
+    "images without guidance": ("paper", 'guidance=images["guidance"]', "guidance=1.0"),
+    "images with other seeds": (
+        "paper",
+        'common.derive_seed(args.seed, "samples", j)',
+        'common.derive_seed(args.seed, "samples", j + 1)',
+    ),
+    "images with fewer sampling steps": (
+        "paper",
+        'steps=images["sampling_steps"]',
+        'steps=images["sampling_steps"] - 1',
+    ),
+    # M_init, D and the flags
+    "M_init is M": (
+        "paper",
+        "        swap_weights(params, originals)\n        eps = backbone.predict",
+        "        eps = backbone.predict",
+    ),
+    "M_init stays in M": (
+        "paper",
+        "        swap_weights(params, originals)\n        return eps",
+        "        return eps",
+    ),
+    "M_init is the earlier run's": (
+        "init",
+        "load_init(args.init, trained)  #",
+        "load_init(args.init, trained); originals = [p.detach().clone() for p in params]  #",
+    ),
+    "--init is not loaded": ("init", "        load_init(args.init, trained)  #", "        pass  #"),
+    "other weights are trained": ("paper", r'"kv": r"attn2\.to_[kv]\."', r'"kv": r"attn2\."'),
+    "D begins with another seed": ("paper", "torch.manual_seed(args.seed)", "torch.manual_seed(0)"),
+    "lambda is not used": ("lambda 0.5", "lam=args.lam", "lam=1.0"),
+    "--disc-input is not used": ("x_{t-20}", "disc_input=args.disc_input", 'disc_input="x0"'),
+    "--stride is not used": ("x_{t-20}", "stride=args.stride", "stride=1"),
+    "--retain is not used": ("l2", "retain=args.retain", 'retain="cp"'),
+    "gradient and step are both projected": (
+        "project the step",
+        "project=args.project",
+        'project="gradient"',
+    ),
+    "one warm-up step too many": (
+        "paper",
+        "train_model = step >= args.warmup_steps",
+        "train_model = step > args.warmup_steps",
+    ),
+    "no warm-up": ("paper", "train_model = step >= args.warmup_steps", "train_model = True"),
+    # the optimizers
+    "no weight decay": ("paper", "weight_decay=1e-2", "weight_decay=0"),
+    "M's optimizer is Adam": ("paper", "torch.optim.AdamW(", "torch.optim.Adam("),
+    "M's learning rate is D's": ("paper", "params, lr=args.lr", "params, lr=args.disc_lr"),
+    "D's learning rate is M's": ("paper", "lr=args.disc_lr", "lr=args.lr"),
+    "D's betas are the usual ones": ("paper", "betas=(0.5, 0.999)", "betas=(0.9, 0.999)"),
+    "M's gradient is G_r": ("paper", "params, update.g, g_r", "params, update.g_r, g_r"),
+    "the step is not projected": (
+        "project the step",
+        'project = args.project == "step"',
+        "project = False",
+    ),
+    "the step is projected without lambda": (
+        "project the step, lambda 0.5",
+        "update.g, g_r, args.lam, project)",
+        "update.g, g_r, 1.0, project)",
+    ),
+    "the step is projected where it is measured": (
+        "paper",
+        "update.g, g_r, args.lam, project)",
+        "update.g, g_r, args.lam, g_r is not None)",
+    ),
+    "D is not stepped": ("paper", "            opt_disc.step()\n", ""),
+    "D climbs": (
+        "paper",
+        "write_grad(disc.parameters(), update.g_d)",
+        "write_grad(disc.parameters(), -update.g_d)",
+    ),
+    # what is saved
+    "the cosine is not logged": ("paper", '{"cos_step": cos_step}', "{}"),
+    "the original weights are saved": (
+        "paper",
+        'common.atomic_save(run.out / "delta.safetensors", trained,',
+        'common.atomic_save(run.out / "delta.safetensors", '
+        "{n: p + 1e-3 for n, p in trained.items()},",
+    ),
+}
+LOG_MUTANTS = {
+    "the conflicts are never forgotten": (
+        "                conflicts = []\n",
+        "",
+    ),
+    "conflict is that of the last step": (
+        "torch.stack(conflicts).mean()",
+        "conflicts[-1]",
+    ),
+    "conflict is a number of steps": (
+        "torch.stack(conflicts).mean()",
+        "torch.stack(conflicts).sum()",
+    ),
+    "the last step has no row": (
+        "(step + 1) % 10 == 0 or step + 1 == args.steps",
+        "(step + 1) % 10 == 0",
+    ),
+    "a row at every step": (
+        "(step + 1) % 10 == 0 or step + 1 == args.steps",
+        "True",
+    ),
+    "rows count from 1": ('log.append({"step": step}', 'log.append({"step": step + 1}'),
+}
+RESUME_MUTANTS = {
+    "D is not restored": ("for n, t in disc.state_dict().items()}", "for n, t in ()}"),
+    "M is not restored": (
+        "for n, p in trained.items()}\n    tensors |=",
+        "for n, p in ()}\n    tensors |=",
+    ),
+    "D's optimizer is not restored": (
+        "state = (tensors, (optimizer, opt_disc))",
+        "state = (tensors, (optimizer,))",
+    ),
+    "M's optimizer is not restored": (
+        "state = (tensors, (optimizer, opt_disc))",
+        "state = (tensors, (opt_disc,))",
+    ),
+    "a step is repeated": ("save_progress(run, log, step + 1,", "save_progress(run, log, step,"),
+    "a step is left out": (
+        "save_progress(run, log, step + 1,",
+        "save_progress(run, log, step + 2,",
+    ),
+    "the log begins anew": (
+        "start, log = common.resume(run, *state)",
+        "start, log = common.resume(run, *state)[0], []",
+    ),
+    "the original weights are those of the checkpoint": (
+        "start, log = common.resume(run, *state)",
+        "start, log = common.resume(run, *state); originals = [p.detach().clone() for p in params]",
+    ),
+    "nothing is restored": ("start, log = common.resume(run, *state)", "start, log = 0, []"),
 }
 
 
-@pytest.mark.parametrize("name", SWITCHES)
-def test_updates_by_hand(run, tiny, name):
-    check(doco, run, tiny, *SWITCHES[name])
-
-
-def test_there_are_conflicts_and_agreements(run, tiny):
-    """Otherwise the two cases of Eq. 10 would not be told apart above."""
-    assert set(check(doco, run, tiny, *OBJECT)) == {True, False}
-
-
-# ---- mutants: a line of the method broken, and the check above goes red ---------------------------------------------
-
-# (name, the switches it is run with, the line, what becomes of it); each line stands once in doco.py
-MUTANTS = [
-    ("the target's prompt is not used", "paper", "see(predict(xt, t, target_prompts))", "see(predict(xt, t, anchor_prompts))"),
-    ("the anchor gets the target's prompt", "paper", "see(predict(xt, t, anchor_prompts))",
-     "see(predict(xt, t, target_prompts))"),
-    ("the original is never swapped in", "paper", "p.data, o.data = o.data, p.data", "pass"),
-    ("the retain loss has the target's prompt", "paper", "[pairs[k % len(pairs)][0] for k in i_r]), eps_r)",
-     "[pairs[k % len(pairs)][1][0] for k in i_r]), eps_r)"),
-    ("the retain loss has the other noise level", "paper", "add_noise(latents[i_r], eps_r, alpha_bar[t_r]",
-     "add_noise(latents[i_r], eps_r, alpha_bar[t]"),
-    ("the retain loss is told the other timestep", "paper", "predict(x_r, t_r, [", "predict(x_r, t, ["),
-    ("the retain loss has the other images", "paper", "add_noise(latents[i_r], eps_r", "add_noise(latents[i], eps_r"),
-    ("the retain loss aims at the other noise", "paper", "for k in i_r]), eps_r)", "for k in i_r]), eps)"),
-    ("the anchor image has the other noise level", "paper", "a_t = alpha_bar[t].view", "a_t = alpha_bar[t_r].view"),
-    ("the coefficients of Eq. 1 are swapped", "paper", "alpha_bar_t.sqrt() * x0 + (1 - alpha_bar_t).sqrt() * noise",
-     "(1 - alpha_bar_t).sqrt() * x0 + alpha_bar_t.sqrt() * noise"),
-    ("x0_hat adds the noise", "paper", "(xt - (1 - alpha_bar_t).sqrt() * eps) /", "(xt + (1 - alpha_bar_t).sqrt() * eps) /"),
-    ("the UNet wants to be told apart", "paper", "return F.softplus(-disc(view_target)).mean()",
-     "return F.softplus(disc(view_target)).mean()"),
-    ("D's labels are swapped", "paper", "F.softplus(-disc(view_anchor)).mean() + F.softplus(disc(view_target)).mean()",
-     "F.softplus(disc(view_anchor)).mean() + F.softplus(-disc(view_target)).mean()"),
-    ("D sees the anchor alone", "paper", "loss_discriminator(disc, view_anchor, view_target.detach())",
-     "loss_discriminator(disc, view_anchor, view_anchor)"),
-    ("no Eq. 10", "paper", 'elif args.retain == "cp" and args.project == "gradient":', "elif False:"),
-    ("lambda is not used", "lambda 0.5", "lambda_projection(grad, g_r, args.lam)", "lambda_projection(grad, g_r)"),
-    ("the gradients change places in Eq. 10", "paper", "lambda_projection(grad, g_r, args.lam)",
-     "lambda_projection(g_r, grad, args.lam)"),
-    ("the unlearning gradient is not used", "no retention", "flat_grad(loss_u, params), {}",
-     "0 * flat_grad(loss_u, params), {}"),
-    ("L2 climbs the retain loss", "L2", "grad = grad + g_r", "grad = grad - g_r"),
-    ("the step is not projected", "Adam's step", "unflatten(params, old - kept)", "unflatten(params, old - move)"),
-    ("the step is projected with the wrong sign", "Adam's step", "move = old - flatten(params)",
-     "move = flatten(params) - old"),
-    ("lambda is not used on the step", "Adam's step, lambda 0.5", "lambda_projection(move, g_r, args.lam)",
-     "lambda_projection(move, g_r)"),
-    ("one warm-up iteration too many", "paper", "step >= warmup", "step > warmup"),
-    ("the stride is not used", "x_{t-20}", "alpha_bar[(t - stride).clamp(min=0)]", "alpha_bar[(t - 1).clamp(min=0)]"),
-    ("noise below timestep 0", "x_{t-900}, mostly before 0", "torch.where(t < stride, 1.0,",
-     "torch.where(t < stride, alpha_bar[0],"),
-    ("x_{t-1} with the old noise", "x_{t-1}", "a_t, a_prev, fresh)", "a_t, a_prev, eps)"),
-    ("only the first wording of a style", "style", "w[step % len(w)]", "w[0]"),
-    ("targets one after another", "two targets", "for turn in zip_longest(*per_target) for pair in turn if pair",
-     "for part in per_target for pair in part"),
-    ("no weight decay", "paper", "lr=lr, weight_decay=1e-2", "lr=lr, weight_decay=0"),
-    ("D's Adam has the usual betas", "paper", "betas=(0.5, 0.999)", "betas=(0.9, 0.999)"),
-    ("the rates are swapped", "paper", "disc.parameters(), lr=disc_lr", "disc.parameters(), lr=lr"),
-    ("the UNet is not stepped", "paper", "            opt_unet.step()\n", ""),
-    ("D is not stepped", "paper", "        opt_disc.step()\n", ""),
-    ("D begins with another seed", "paper", "torch.manual_seed(args.seed)  # the same disc",
-     "torch.manual_seed(0)  # the same disc"),
-    ("anchor images of no prompt", "paper", "torch.stack([emb[pairs[j % len(pairs)][0]] for j in chunk])",
-     'torch.stack([emb[""] for j in chunk])'),
-    ("anchor images without guidance", "paper", 'guidance_scale=recipe["guidance"]', "guidance_scale=1.0"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: m[0])
-def test_mutant_is_caught(run, tiny, mutant):
-    _, switch, line, instead = mutant
-    source = (doco.REPO / "doco.py").read_text()
-    assert source.count(line) == 1, f"stands {source.count(line)} times in doco.py: {line}"
+def mutant_of(line, instead):
+    """doco.py as a module with one change. The line must be there once."""
+    source = (common.REPO / "doco.py").read_text()
+    assert source.count(line) == 1, f"{source.count(line)} times in doco.py: {line}"
     module = types.ModuleType("mutant")
     exec(compile(source.replace(line, instead), "mutant.py", "exec"), module.__dict__)
-    with pytest.raises((AssertionError, RuntimeError, IndexError)) as caught:
-        check(module, run, tiny, *SWITCHES[switch])
+    return module
+
+
+def assert_caught(check, module, *args):
+    """A mutant must fail by what it computes, and not because it is no Python."""
+    errors = (AssertionError, RuntimeError, IndexError, SystemExit, ValueError)
+    with pytest.raises((*errors, pytest.fail.Exception)) as caught:
+        check(module, *args)
     assert not re.search("NameError|SyntaxError", repr(caught.value))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MUTANTS)
+def test_mutant_of_the_loop_is_caught(recorded, tiny, name):
+    switch, line, instead = MUTANTS[name]
+    assert_caught(check_training, mutant_of(line, instead), recorded, tiny, switch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LOG_MUTANTS)
+def test_mutant_of_the_log_is_caught(train, monkeypatch, name):
+    assert_caught(check_log, mutant_of(*LOG_MUTANTS[name]), train, monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RESUME_MUTANTS)
+def test_mutant_of_resuming_is_caught(train, monkeypatch, name):
+    assert_caught(check_resume, mutant_of(*RESUME_MUTANTS[name]), train, monkeypatch)

@@ -201,8 +201,9 @@ SURROGATES = {
 def test_surrogate_is_written_beside_the_result(forget, photos, model, kind):
     original, edited = pixels(photos / "a.png"), photos / "b.png"
     flags = [str(edited) if f == "FILE" else f for f in SURROGATES[kind]]
-    generated = ["--remember", "generated", "--num-remember", "4"]
-    run = forget("--steps", "1", *generated, "--surrogate", *flags, model=model)
+    if model == "sd3":
+        flags += ["--remember", "generated", "--num-remember", "4"]
+    run = forget("--steps", "1", "--surrogate", *flags, model=model)
     file = run / "surrogate-0.png"
     if kind == "random":
         assert not file.exists()
@@ -556,7 +557,7 @@ BAD_INPUT = [
     (["--batch-size", "0"], "--batch-size 0"),
     (["--steps", "0"], "expected at least one step"),
     (["--beta", "0.01"], "lambda in [0, 1]"),
-    (["--beta", "-1e-5"], "lambda in [0, 1]"),
+    (["--beta", "-0.00001"], "lambda in [0, 1]"),
     (["--lr", "0"], "a positive rate"),
     (["--lr", "nan"], "a positive rate"),
     (["--rank", "0"], "--rank 0"),
@@ -664,6 +665,5 @@ def test_text_encoders_are_gone_before_the_network_is_trained(forget, monkeypatc
 
     monkeypatch.setattr(backbones, "load_pipeline", watch)
     monkeypatch.setattr(instance_unlearn, "write_grad", record)
-    flags = ["--remember", "generated", "--num-remember", "2", "--surrogate", "flip"]
-    forget("--steps", "1", *flags, model="sd3")
+    forget("--steps", "1", "--surrogate", "flip", model="sd3")
     assert alive == [[False, False]]

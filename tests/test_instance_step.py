@@ -29,6 +29,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
+import backbones
 import common
 import instance_unlearn
 
@@ -257,6 +258,76 @@ def test_projected_gradient_agrees_with_remembering():
     p, (g_r, _, _, _) = find_problem(True, "epsilon", 1, "per sample")
     g, _ = step(p)
     torch.testing.assert_close(g.double() @ g_r, g_r @ g_r, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_the_input_stays_and_the_target_is_the_surrogates(prediction_type):
+    """Eq. 10: the same x_t from another x_0. With x^s = x^f, nothing changes."""
+    x_f, x_s, noise = torch.randn(3, 2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    alpha_bar = None if prediction_type == "flow" else torch.linspace(0.999, 0.01, 1000)
+    a, b = backbones.coefficients(torch.tensor([400, 900]), alpha_bar)
+    xt = a * x_f + b * noise
+    noise_s = instance_unlearn.surrogate_noise(xt, x_s, a, b)
+    torch.testing.assert_close(a * x_s + b * noise_s, xt)
+    same = instance_unlearn.surrogate_noise(xt, x_f, a, b)
+    torch.testing.assert_close(same, noise, rtol=1e-3, atol=1e-3)
+    target = backbones.prediction_target(prediction_type, x_s, noise_s, a, b)
+    x0_hat = backbones.predict_x0(prediction_type, target, xt, a, b)
+    torch.testing.assert_close(x0_hat, x_s)
+    if prediction_type == "flow":  # as the docstring derives it
+        torch.testing.assert_close(target, (xt - x_s) / b)
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_a_model_that_predicts_the_target_arrives_at_the_surrogate(prediction_type):
+    x_f, x_s, noise = torch.randn(3, 1, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    alpha_bar = None if prediction_type == "flow" else torch.linspace(0.999, 0.01, 1000)
+
+    def perfect(x, t):
+        a, b = backbones.coefficients(t, alpha_bar)
+        noise_s = instance_unlearn.surrogate_noise(x, x_s, a, b)
+        return backbones.prediction_target(prediction_type, x_s, noise_s, a, b)
+
+    timesteps = torch.tensor([700, 450, 300, 40])
+    a, b = backbones.coefficients(timesteps[:1], alpha_bar)
+    how = (timesteps, prediction_type, alpha_bar)
+    end = backbones.sample_deterministic(perfect, a * x_f + b * noise, *how, clip=False)
+    torch.testing.assert_close(end, x_s, rtol=1e-4, atol=1e-4)
+
+
+# ---- the distribution of the timesteps ----------------------------------------------------------
+
+
+def test_stratified_timesteps_are_uniform():
+    """One of each eighth of 0 .. 999; over many batches, the uniform distribution."""
+    sample, g = instance_unlearn.sample_timesteps, torch.Generator().manual_seed(0)
+    for _ in range(50):
+        t = sample(8, g, stratified=True)
+        assert (t // 125).tolist() == list(range(8))
+    t = torch.cat([sample(4, g, stratified=True) for _ in range(4000)])
+    assert t.min() == 0 and t.max() == 999
+    assert abs(t.float().mean() - 499.5) < 5
+
+
+def test_independent_timesteps_are_independent():
+    """Nearly every batch of eight has two in one eighth; a stratified batch never has."""
+    g = torch.Generator().manual_seed(0)
+    t = torch.stack([instance_unlearn.sample_timesteps(8, g) for _ in range(500)])
+    assert t.min() >= 0 and t.max() <= 999
+    assert abs(t.float().mean() - 499.5) < 15
+    eighths = torch.stack([torch.bincount(row // 125, minlength=8) for row in t])
+    assert (eighths > 1).any(1).float().mean() > 0.9
+
+
+@pytest.mark.parametrize(("shift", "median"), [(1.0, 500), (3.0, 750)])  # 3 / 2 / (1 + 2 / 2)
+def test_times_of_flow_matching_are_those_of_its_training(shift, median):
+    """Logit-normal after the shift is undone: mean 0, standard deviation 1."""
+    g = torch.Generator().manual_seed(0)
+    t = instance_unlearn.sample_timesteps(4001, g, shift, stratified=True)
+    assert 1 <= t.min() and t.max() <= 1000
+    assert abs(t.median() - median) < 1
+    logit = torch.logit(t / 1000 / (shift - (shift - 1) * t / 1000))
+    assert abs(logit.mean()) < 0.01 and abs(logit.std() - 1) < 0.02
 
 
 # ---- the helpers from plain numbers -------------------------------------------------------------

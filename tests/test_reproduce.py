@@ -248,9 +248,9 @@ def test_trade_off_by_hand(tmp_path):
     reports = {"x": [image_report([0.1, 0.5], 0.9), image_report([0.3], 0.8)]}
     points = reproduce.trade_off_points(table, reports)
     assert points == [("x", "", [(0.5, 0.9), (0.3, 0.8)])]
-    assert reproduce.draw_trade_offs(tmp_path, "t", [table], reports) == []
+    assert reproduce.plot_trade_offs(tmp_path, "t", [table], reports) == []
     table = Table("T", reproduce.INSTANCE_COLUMNS, [Block("", [], rows_named("xy"))])
-    files = reproduce.draw_trade_offs(tmp_path, "t", [table], reports | {"y": reports["x"]})
+    files = reproduce.plot_trade_offs(tmp_path, "t", [table], reports | {"y": reports["x"]})
     assert files == ["t-trade-off.png"] and (tmp_path / files[0]).is_file()
 
 
