@@ -4,8 +4,8 @@
     StableDiffusion    1.x and 2.x: latents, one text encoder; predicts epsilon or v
     StableDiffusion3   latents, up to three text encoders; flow matching: predicts a velocity
 
-load_backbone(model) returns one of them. All have the same attributes and methods, so that a
-training script never asks which family it has:
+load_backbone(model) returns one of them. All have the attributes and methods below, so that the
+training loops never ask which family it is:
 
     net, prediction_type, alpha_bar, latent_shape      the network and what it computes
     encode_prompts, predict                            conditions on a prompt; runs the network
@@ -16,6 +16,7 @@ The noise schedule and the meaning of a prediction are pure functions of tensors
 Weights are read from .safetensors alone, and no code of a model folder is executed.
 """
 
+import math
 import os
 from pathlib import Path
 
@@ -208,8 +209,8 @@ class Backbone:
         return vae.decode(z).sample
 
     def timesteps(self, steps):
-        """The decreasing timesteps of a sampler of so many steps, (steps,), from about 1000."""
-        # steps_offset=1: from x_T, all noise; Stable Diffusion's configs have it, DDPM's have not
+        """The decreasing timesteps of DDIM, (steps,): for 50 steps, 981, 961, ..., 1."""
+        # steps_offset=1, as in Stable Diffusion's configs. DDPM's have 0: 980, 960, ..., 0.
         scheduler = DDIMScheduler.from_config(self.pipe.scheduler.config, steps_offset=1)
         scheduler.set_timesteps(steps)
         return scheduler.timesteps.to(self.device)
@@ -269,6 +270,11 @@ class StableDiffusion(Backbone):
     pipeline_class = StableDiffusionPipeline
     lora_targets = ("to_k", "to_q", "to_v", "to_out.0")
 
+    @property
+    def resolution_unit(self):
+        """diffusers' pipeline takes multiples of 8, whatever the VAE."""
+        return math.lcm(self.scale_factor, 8)
+
     def _condition(self, prompt, device):
         """Embeddings of the prompt's tokens, (1, 77, D)."""
         return {"encoder_hidden_states": self.pipe.encode_prompt(prompt, device, 1, False)[0]}
@@ -315,6 +321,11 @@ class StableDiffusion3(Backbone):
         self.shift = pipe.scheduler.config.shift
         self.has_t5 = pipe.text_encoder_3 is not None
 
+    @property
+    def resolution_unit(self):
+        """The transformer cuts latents into patches."""
+        return self.scale_factor * self.net.config.patch_size
+
     def _condition(self, prompt, device):
         """Embeddings of the tokens (1, L, D) by all text encoders, and CLIP's pooled (1, P)."""
         rows, _, pooled, _ = self.pipe.encode_prompt(
@@ -335,7 +346,7 @@ FAMILIES = (DDPM, StableDiffusion, StableDiffusion3)
 
 
 def load_backbone(model, families=FAMILIES):
-    """The Backbone of a pipeline folder or hub id, weights in fp32, on the CPU. Fails kindly."""
+    """The Backbone of a pipeline folder or hub id, weights in fp32, on the CPU. Fails with one line."""
     classes = {family.pipeline_class: family for family in families}
     pipe = load_pipeline(model, tuple(classes), dtype=torch.float32)
     return classes[type(pipe)](pipe)

@@ -137,8 +137,8 @@ def average(tensor, processes):
 
 def local_slice(batch_size, processes):
     """The rows of a global batch that this process computes."""
-    share = batch_size // processes.world
-    return slice(processes.rank * share, (processes.rank + 1) * share)
+    n = batch_size // processes.world
+    return slice(processes.rank * n, (processes.rank + 1) * n)
 
 
 def check_batch_size(batch_size, processes):
@@ -206,7 +206,9 @@ def single_process_env():
 SEED_STRIDE = 1_000_003
 SEED_OFFSETS = {
     "samples": 0,  # image j of the anchor or remember set
-    "doco_steps": 0,  # a step draws batches, an image one latent: no draw is shared
+    # Image j and step j share a random stream: at a batch of 8, the noise of the step is that of the
+    # image, shifted by 32 numbers. Another offset would change every result.
+    "doco_steps": 0,
     "instance_steps": 100_000,
     "evaluation": 500_000,
     "unconditional_samples": 800_000,

@@ -13,7 +13,7 @@ One step, for images x_0 that the original model generated from anchor prompts:
     3. L_r = |eps - M(x_t, anchor)|^2                               Eq. 9   retain the anchor
     4. L_u = -log D(v*), v* = the x_0 that eps_c* implies           Eq. 8   M learns to fool D
     5. G = G_u - lam min(0, <G_u, G_r>) / |G_r|^2 G_r               Eq. 10  gradient surgery
-    6. L_D = -log D(v) - log(1 - D(v*)), v of eps_c                 Eq. 8   D tells them apart
+    6. L_D = -log D(v) - log(1 - D(v*)), v from eps_c likewise      Eq. 8   D tells them apart
 
 All of it is doco_step() below. Before that, D is trained alone for some steps (the warm-up).
 
@@ -21,6 +21,7 @@ All of it is doco_step() below. Before that, D is trained alone for some steps (
     M, M_init          predict, predict_original     L_u, L_r, L_D    loss_u, loss_r, loss_d
     c*, c              target, anchor                G_u, G_r, G      g_u, g_r, g
     x_t, eps, a_t      xt, noise, alpha_bar[t]       lambda, D        lam, disc
+    v, v*              view_anchor, view_target
 
 Run it (the first line needs nothing but this repository; it uses the small model in emoji/sd):
 
@@ -162,14 +163,15 @@ def doco_step(
     xt = add_noise(batch_f.x0, batch_f.noise, alpha_bar_t)  # (B, 4, h, w)
 
     # Eq. 5: two predictions at the same x_t, the original model's for the anchor and the trained
-    # model's for the target. Whatever D finds to tell them apart comes from the prompt.
-    view = (batch_f.t, alpha_bar, stride, batch_f.posterior_noise)
+    # model's for the target. Eq. 7 has the trained model for both; the released code follows Eq. 5,
+    # and so do we. Whatever D finds to tell them apart comes from the prompt.
+    how = (batch_f.t, alpha_bar, stride, batch_f.posterior_noise)
     with torch.no_grad():
         eps_anchor = predict_original(xt, batch_f.t, batch_f.anchor)  # (B, 4, h, w)
-        view_anchor = discriminator_input(disc_input, xt, eps_anchor, *view)  # (B, 4, h, w)
+        view_anchor = discriminator_input(disc_input, xt, eps_anchor, *how)  # (B, 4, h, w)
     with torch.set_grad_enabled(train_model):
         eps_target = predict(xt, batch_f.t, batch_f.target)  # (B, 4, h, w)
-        view_target = discriminator_input(disc_input, xt, eps_target, *view)  # (B, 4, h, w)
+        view_target = discriminator_input(disc_input, xt, eps_target, *how)  # (B, 4, h, w)
 
     if train_model:
         # Eq. 8, the model's half: L_u = -log D(v*). flat_grad goes through D to the weights of M
@@ -213,8 +215,8 @@ def optimizer_step(optimizer, params, g, g_r=None, lam=1.0, project=False):
     optimizer.zero_grad()
     if g_r is None:
         return None
-    step = before - flatten(params)  # (n,)
-    projected, stats = lambda_projection(step, g_r, lam)  # Eq. 10
+    descent = before - flatten(params)  # (n,), minus the step: it has the sign of a gradient
+    projected, stats = lambda_projection(descent, g_r, lam)  # Eq. 10
     if project:
         unflatten(params, before - projected)
     return stats["cos"]
@@ -401,7 +403,7 @@ def prompt_pairs(targets, anchors, concept_type="object", prompts=None, emoji=Fa
     """[(anchor prompt, [target prompts])]: an entry per template and target, targets taking turns.
 
     anchors: one for all targets, or one per target. prompts: a text file of anchor prompts, one per
-    line, in place of the templates. emoji: the model knows emoji; of any other model, two of twelve
+    line, in place of the templates. emoji: the model knows emoji; with any other, two of twelve
     anchor images would be emoji that nobody asked for.
 
     Turns matter: anchor image j belongs to entry j modulo their number. With fewer images than
@@ -517,12 +519,13 @@ def parse_args(argv=None):
     add = parser.add_argument_group("concepts").add_argument
     add("--target", nargs="+", required=True, help="concept to unlearn; several: all at once")
     add("--anchor", nargs="+", required=True, help="anchor concept: one for all, or one per target")
-    add("--concept-type", choices=("object", "style"), default="object", help="of --target")
+    help_text = "style: the anchor is a medium, such as painting"
+    add("--concept-type", choices=("object", "style"), default="object", help=help_text)
     add("--prompts", type=Path, help="file of anchor prompts, one per line (without it: templates)")
 
     add = parser.add_argument_group("model").add_argument
     add("--model", default=str(common.REPO / "emoji/sd"), help="Stable Diffusion 1.x or 2.x")
-    add("--init", type=Path, help="earlier run folder to start from; it stays unlearned")
+    add("--init", type=Path, help="earlier run folder to start from; its concepts stay unlearned")
     add("--resolution", type=int, help="side of an image in pixels (without it: the model's own)")
     help_text = "keys and values of the cross-attention, all of the cross-attention, or the UNet"
     add("--train-method", choices=TRAINABLE, default="kv", help=help_text)
@@ -589,6 +592,8 @@ def check_flags(args):
         fail(f"--stride {args.stride}: expected 1 to 999 timesteps")
     if args.stride > 1 and args.disc_input != "xprev":
         fail(f"--stride {args.stride} goes with --disc-input xprev, not {args.disc_input}")
+    if args.lam != 1 and args.retain != "cp":
+        fail(f"--lam {args.lam:g} goes with --retain cp, not with --retain {args.retain}")
     if args.project == "step" and args.retain != "cp":
         fail(f"--project step goes with --retain cp, not with --retain {args.retain}")
     if args.init and not (args.init / "delta.safetensors").is_file():
@@ -622,6 +627,9 @@ def unlearn(args):
         )
     args, images = fill_defaults(args, backbone.small, processes)
     args.resolution = backbone.check_resolution(args.resolution)
+    least = 8 * backbone.scale_factor  # latents of 8x8: two layers of the discriminator
+    if args.resolution < least:
+        fail(f"--resolution {args.resolution}: expected at least {least}, as this model needs")
     check_coverage(pairs, images["num_images"], len(args.target), warn=processes.rank == 0)
 
     # Each prompt is encoded once; then the text encoder leaves the memory.
@@ -640,7 +648,7 @@ def unlearn(args):
         print(
             f"{'small-model' if backbone.small else 'paper'} preset: {args.steps} steps, the first "
             f"{args.warmup_steps} for D alone, batch {args.batch_size}, lr {args.lr:g}, "
-            f"disc lr {args.disc_lr:g}, disc input {args.disc_input}, retain {args.retain}, "
+            f"disc lr {args.disc_lr:g}, disc input {args.disc_input} (stride {args.stride}), retain {args.retain}, "
             f"lambda {args.lam:g}"
         )
 

@@ -1410,9 +1410,8 @@ def evaluate(args):
     if abs(args.seed) >= 2**40:  # torch.Generator takes 64 bits, negative ones too
         fail(f"--seed {args.seed}: expected a number between -2^40 and 2^40")
     if world > 1:
-        # gloo: images are exchanged in main memory. 12 hours: experiments/reproduce.py trains a
-        # baseline on the first process while the others wait here. So what depends on its result is
-        # looked at afterwards.
+        # gloo: images are exchanged in main memory. 12 hours: where one process samples alone for
+        # long, the others wait.
         dist.init_process_group("gloo", timeout=datetime.timedelta(hours=12))
     if args.rank == 0 and not args.after.exists():
         fail(f"--after {args.after}: no such folder; expected a run folder or a pipeline folder")

@@ -12,7 +12,7 @@ One step of Algorithm 1; M(x_t, t) predicts the noise eps:
     3. eps' = (x_t^f - sqrt(a_t) x^s) / sqrt(1 - a_t)      Eq. 10  the surrogate's noise at x_t^f
     4. L_f = |eps' - M(x_t^f, t)|^2                        Eq. 11  forget
     5. g_r = grad of lambda L_r,
-       g_f = grad of (1 - lambda) L_f, lambda = 1 - beta t Eq. 12  noisy timesteps forget more
+       g_f = grad of (1 - lambda) L_f, lambda = 1 - beta t Eq. 12  forgetting weighs more at noisy t
     6. g = g_r + g_f - min(0, <g_f, g_r>) / |g_r|^2 g_r    Eq. 13  gradient surgery, of g_f alone
 
 All of it is instance_step() below. Several images are unlearned one after another.
@@ -82,8 +82,9 @@ def lambda_t(t, beta, constant=None):
     """Eq. 12: the weight of remembering, 1 - beta t, for t (B,) in [0, 1000] -> (B,).
 
     What is left, beta t, is the weight of forgetting: at noisy timesteps the model decides what the
-    image is going to show, at clean ones only its details, which all images share. constant: the
-    same weight at every t (the ablation of Table III).
+    image is going to show, at clean ones only its details, which all images share. (The error that
+    it weights falls faster than beta t grows: docs/instance.md.) constant: the same weight at every
+    t, the ablation of Table III.
     """
     if constant is not None:
         return torch.full_like(t, constant, dtype=torch.float32)
@@ -99,9 +100,9 @@ def mse_per_sample(prediction, target):
 
 
 def sample_timesteps(n, generator, shift=None, stratified=False):
-    """n timesteps (n,): independent, as in Algorithm 1, or stratified, one from each n-th quantile.
+    """n timesteps (n,): independent, as in Algorithm 1, or one from each of n equal quantiles.
 
-    Stratified timesteps have the same distribution, and the mean over a batch less variance. With
+    Stratified timesteps have the same distribution, but a mean over the batch varies less. With
     shift None: uniform on 0 .. 999. For flow matching, shift is the scheduler's: logit-normal times
     shifted towards noise, as Stable Diffusion 3 was trained (Esser et al. 2024), in [1, 1000]. The
     velocity towards the surrogate grows as 1 / s; with uniform times, one sample near s = 0 would
@@ -177,7 +178,7 @@ def train(backbone, trained, x_f, x_s, remember_batch, n_remember, condition, ar
     condition: the prompt's, of one row. Resumes a run that has a checkpoint.
     """
     params = list(trained.values())
-    # Algorithm 1 names Adam; without weight decay, AdamW is the same.
+    # The paper names no optimizer. This is Adam: AdamW without weight decay.
     optimizer = torch.optim.AdamW(params, lr=args.lr, weight_decay=0, fused=True)
     # All that a checkpoint holds: no RNG state, for all randomness derives from (seed, step).
     state = ({f"net/{n}": p for n, p in trained.items()}, (optimizer,))
@@ -202,7 +203,7 @@ def train(backbone, trained, x_f, x_s, remember_batch, n_remember, condition, ar
             # paper); they are read only if asked for.
             random = remember_batch(idx_s) if any(x is None for x in x_s) else None
             forget = forget_pairs(step, current, x_f, x_s, random, args.batch_size, processes)
-            # All rows of a pair show the same image, at B noise levels.
+            # All rows of the last pair show the current image, at B noise levels.
             g, stats = instance_step(
                 predict,
                 params,
@@ -259,8 +260,8 @@ def sample_batch(step, n_remember, x_f, backbone, args, processes):
 def forget_pairs(step, current, x_f, x_s, random, batch_size, processes):
     """The pairs of instance_step: earlier images to forget, if there are any, then the current one.
 
-    Not in Algorithm 1, which goes on to the next image: left to themselves, earlier images
-    re-emerge. The rows of the first pair are the earlier images in turn. random (B, C, h, w): the
+    Not in Algorithm 1, which goes on to the next image: otherwise earlier forget images re-emerge.
+    The rows of the first pair are the earlier images in turn. random (B, C, h, w): the
     surrogates of this step where x_s has None.
     """
     rows = common.local_slice(batch_size, processes)
@@ -277,8 +278,8 @@ def forget_pairs(step, current, x_f, x_s, random, batch_size, processes):
 
 
 # ---- 3. surrogates ------------------------------------------------------------------------------
-# What the image to forget is replaced by (Table V). The paper edits faces with TediGAN; here a file
-# that you edited by any tool, or one of these:
+# What the image to forget is replaced by (Tables I and V). The paper edits faces with TediGAN, one
+# image of Stable Diffusion 3 by SDEdit, flags by hand. Here: a file that you edited by any tool, or
 #
 #   sdedit  the model itself edits: noise up to --strength, then sampling (Meng et al. 2022)
 #   flip    the mirror image
@@ -299,10 +300,10 @@ def make_surrogate(kind, x, k, backbone, sample, timesteps, condition, args):
     x, g = x[None], common.generator(args.seed, "surrogates", k)
     if kind == "sdedit":
         # From --strength on: what is coarser than that noise stays as it is in the image.
-        late = timesteps[timesteps <= 1000 * args.strength]
-        a, b = coefficients(late[:1], backbone.alpha_bar)
+        remaining = timesteps[timesteps <= 1000 * args.strength]
+        a, b = coefficients(remaining[:1], backbone.alpha_bar)
         noisy = a * x + b * torch.randn(x.shape, generator=g).to(x.device)  # Eq. 1
-        return sample(noisy, late, condition)[0]
+        return sample(noisy, remaining, condition)[0]
     if kind == "flip":  # in pixels: the latents of a mirror image are not the mirrored latents
         return backbone.encode(backbone.decode(x).flip(-1))[0]
     if kind == "noise":  # not clipped to what an image file could hold
@@ -423,8 +424,8 @@ def generated_remember_set(sample, x_f, conditions, timesteps, args, contents, r
 
 # ---- 5. presets and flags -----------------------------------------------------------------------
 
-# The paper's settings: a DDPM trains whole, Stable Diffusion by LoRA. It does not give the LoRA's
-# rank, nor sampling steps and guidance.
+# The paper's settings: a DDPM trains whole, Stable Diffusion 3 by LoRA; 1 and 2 get the same here.
+# It does not give the LoRA's rank, nor sampling steps and guidance.
 PAPER_DDPM = {"steps": 240, "lr": 5e-6, "beta": 5e-5, "sampling_steps": 50}
 PAPER_LORA = {"steps": 100, "lr": 1e-5, "beta": 2e-4, "sampling_steps": 28, "guidance": 7.0}
 # For small models (DDPMs of 64 pixels or less, latents below 32x32) such as emoji/ddpm, emoji/sd3:
@@ -446,7 +447,7 @@ def parse_args(argv=None):
     """The command line. Defaults that depend on the model are filled in by fill_defaults."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=common.HelpFormatter)
     add = parser.add_argument_group("images").add_argument
-    help_text = "image to unlearn; several: one after another (without it: emoji/ddpm's cowboy)"
+    help_text = "image to unlearn; several: one after another (emoji/ddpm: the cowboy)"
     add("--forget", nargs="+", type=Path, help=help_text)
     add("--prompt", help="prompt that generates it (without it: the empty one)")
     help_text = "an edited image file, sdedit, flip, noise or random; one for all, or one per image"
@@ -501,6 +502,19 @@ def check_flags(args):
             f"{len(args.forget)} images but {len(args.surrogate)} surrogates; "
             f"give one --surrogate for all, or one each"
         )
+    for kind in args.surrogate:
+        if kind not in KINDS and not Path(kind).is_file():
+            fail(f"--surrogate {kind}: no such file; expected a file, {', '.join(KINDS)}")
+    unused = {
+        "--strength": args.strength != 0.7 and "sdedit" not in args.surrogate,
+        "--surrogate-prompt": args.surrogate_prompt and "sdedit" not in args.surrogate,
+        "--noise-sigma": args.noise_sigma != 150 and "noise" not in args.surrogate,
+        "--num-remember": args.num_remember != 100 and args.remember != "generated",
+        "--beta": args.beta is not None and args.constant_lambda is not None,
+    }
+    for flag, is_unused in unused.items():
+        if is_unused:
+            fail(f"{flag} has no effect with these flags; --help says what it belongs to")
     if not 0 < args.strength <= 1:
         fail(f"--strength {args.strength}: expected a number in (0, 1]")
     if args.noise_sigma < 0:
@@ -566,7 +580,7 @@ def unlearn(args):
         fail(f"--prompt {list(prompts)[1]!r}: {args.model} is unconditional, it takes no prompt")
     args, preset = fill_defaults(args, backbone, processes)
     size = args.resolution
-    # Images are checked before anything is computed. Those of a data set are read when needed.
+    # A data set is compared with the images to forget here, and read again in each step.
     images = [common.read_exact(f, size, "--forget") for f in args.forget]
     pixels_f = torch.stack(images)  # (K, 3, size, size)
     files = [] if args.remember == "generated" else remember_files(args, pixels_f)
@@ -578,14 +592,14 @@ def unlearn(args):
     # A run is resumed only with the settings it began with, and the same contents behind them.
     edited = [Path(kind) for kind in args.surrogate if kind not in KINDS]
     contents = {
-        "--model": backbone.fingerprint(),
+        "--model": common.fingerprint(backbone.fingerprint(), preset),
         "--forget": common.fingerprint(*args.forget),
         "--surrogate": common.fingerprint(*(f for f in edited if f.is_file())),
         "--remember": common.fingerprint_files(files),
     }
     common.record_settings(run, args, contents, processes)
     if run.finished:  # training had finished; evaluation or --save-pipeline was interrupted
-        return finish(args, backbone, run, processes)
+        return finish(args, run, processes)
     if processes.rank == 0:
         print(preset_line(args, backbone))
 
@@ -622,7 +636,7 @@ def unlearn(args):
     if processes.rank == 0:
         save(backbone, run)
         print(f"\nload it with:\n{loading_lines(args, backbone, run.out)}\n")
-    return finish(args, backbone, run, processes)
+    return finish(args, run, processes)
 
 
 def remember_files(args, pixels_f):
@@ -693,7 +707,7 @@ def save(backbone, run):
     run.checkpoint.unlink(missing_ok=True)
 
 
-def finish(args, backbone, run, processes):
+def finish(args, run, processes):
     """Writes OUT/pipeline if asked to, and ends the process group. Returns what unlearn returns.
 
     The pipeline of a LoRA is the whole model with the LoRA fused into it, for tools that take
@@ -755,7 +769,8 @@ def main():
         return 0
     flags = ["--seed", args.seed, "--forget", *args.forget]
     flags += ["--prompt", args.prompt] if args.prompt else []
-    flags += ["--real", args.remember] if len(common.list_images(args.remember)) > 1 else []
+    has_real = args.remember != "generated" and len(common.list_images(args.remember)) > 1
+    flags += ["--real", args.remember] if has_real else []
     flags += ["--resolution", args.resolution] if args.resolution else []
     return common.evaluate_run("instance", args.model, out, *flags)
 

@@ -80,7 +80,8 @@ def concept_parser(file, doc, paper, small):
     add = parser.add_argument_group("concepts").add_argument
     add("--target", nargs="+", required=True, help="concept to unlearn; several: all at once")
     add("--anchor", nargs="+", required=True, help="anchor concept: one for all, or one per target")
-    add("--concept-type", choices=("object", "style"), default="object", help="of --target")
+    help_text = "style: the anchor is a medium, such as painting"
+    add("--concept-type", choices=("object", "style"), default="object", help=help_text)
     add("--prompts", type=Path, help="file of anchor prompts, one per line (without it: templates)")
 
     add = parser.add_argument_group("model").add_argument

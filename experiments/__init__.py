@@ -2,3 +2,7 @@
 
 Run from the repository root, as modules: python -m experiments.reproduce --list
 """
+
+import os
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # see backbones.py

@@ -1,4 +1,4 @@
-"""bench.py: the real sizes are the published ones, a step costs its passes, the table comes out."""
+"""experiments/bench.py: the real sizes are the published ones, a step costs its passes, the table comes out."""
 
 import shutil
 import subprocess

@@ -6,7 +6,7 @@ gradients, what the log holds, and that a resumed run goes on as if nothing had 
 
 `check_training` runs a module (doco.py, or a mutant of it) for four steps and records what is
 handed to the two optimizers. Then it computes the same with plain diffusers, the equations, and the
-documented order of the random draws, sample by sample.
+documented order of the random numbers, sample by sample.
 """
 
 import copy
@@ -285,6 +285,11 @@ def check_training(module, recorded, tiny, switch):
     assert WARMUP == 1 and len(of_d) == STEPS and len(of_m) == STEPS - 1, "number of steps"
     end = flat(result[name] for name in other.trained)
     values_m = [values for values, _ in of_m] + [end]
+    begin = flat(other.trained.values())
+    if args.init:  # one of the two networks begins elsewhere; the original model stays what it is
+        earlier = load_file(run.parent / "earlier/delta.safetensors")
+        begin = flat(earlier[name] for name in other.trained)
+    assert torch.equal(values_m[0], begin), "M begins otherwise"
     conflicts = []
     for step in range(STEPS):
         write(list(other.trained.values()), values_m[max(0, step - WARMUP)])
@@ -413,7 +418,7 @@ MUTANTS = {
         'common.generator(args.seed, "doco_steps", step)',
         'common.generator(args.seed, "doco_steps", 0)',
     ),
-    "the draws are torch's own": (
+    "the random numbers are torch's own": (
         "paper",
         'g = common.generator(args.seed, "doco_steps", step)',
         "g = None",

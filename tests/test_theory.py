@@ -1,4 +1,4 @@
-"""theory.py: the closed forms against refitting from scratch, and the figure's claim."""
+"""experiments/theory.py: the closed forms against refitting from scratch, and the figure's claim."""
 
 import torch
 
