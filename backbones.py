@@ -346,7 +346,7 @@ FAMILIES = (DDPM, StableDiffusion, StableDiffusion3)
 
 
 def load_backbone(model, families=FAMILIES):
-    """The Backbone of a pipeline folder or hub id, weights in fp32, on the CPU. Fails with one line."""
+    """The Backbone of a pipeline folder or hub id: weights in fp32, on the CPU, or one line."""
     classes = {family.pipeline_class: family for family in families}
     pipe = load_pipeline(model, tuple(classes), dtype=torch.float32)
     return classes[type(pipe)](pipe)

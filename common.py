@@ -206,8 +206,8 @@ def single_process_env():
 SEED_STRIDE = 1_000_003
 SEED_OFFSETS = {
     "samples": 0,  # image j of the anchor or remember set
-    # Image j and step j share a random stream: at a batch of 8, the noise of the step is that of the
-    # image, shifted by 32 numbers. Another offset would change every result.
+    # Image j and step j share a random stream: at a batch of 8, the noise of the step is that of
+    # the image, shifted by 32 numbers. Another offset would change every result.
     "doco_steps": 0,
     "instance_steps": 100_000,
     "evaluation": 500_000,

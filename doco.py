@@ -30,9 +30,9 @@ Run it (the first line needs nothing but this repository; it uses the small mode
     torchrun --nproc-per-node 2 doco.py --model CompVis/stable-diffusion-v1-4 \\
         --target Snoopy --anchor Dog
 
-Changed: D is shown x0_hat, as in the released code; the paper has x_{t-1} (--disc-input xprev). The
-model's loss is the non-saturating one, also as in the code. What else the paper leaves open, and
-where its code differs from it: docs/doco.md.
+Changed, all as in the released code: D is shown x0_hat, where the paper has x_{t-1} (--disc-input
+xprev); the model's loss is the non-saturating one; the anchor's prediction is the original model's
+(Eq. 5), where Eq. 7 has the trained model's. What else the paper leaves open: docs/doco.md.
 """
 
 import argparse
@@ -163,8 +163,7 @@ def doco_step(
     xt = add_noise(batch_f.x0, batch_f.noise, alpha_bar_t)  # (B, 4, h, w)
 
     # Eq. 5: two predictions at the same x_t, the original model's for the anchor and the trained
-    # model's for the target. Eq. 7 has the trained model for both; the released code follows Eq. 5,
-    # and so do we. Whatever D finds to tell them apart comes from the prompt.
+    # model's for the target. Whatever D finds to tell them apart comes from the prompt.
     how = (batch_f.t, alpha_bar, stride, batch_f.posterior_noise)
     with torch.no_grad():
         eps_anchor = predict_original(xt, batch_f.t, batch_f.anchor)  # (B, 4, h, w)
@@ -648,8 +647,8 @@ def unlearn(args):
         print(
             f"{'small-model' if backbone.small else 'paper'} preset: {args.steps} steps, the first "
             f"{args.warmup_steps} for D alone, batch {args.batch_size}, lr {args.lr:g}, "
-            f"disc lr {args.disc_lr:g}, disc input {args.disc_input} (stride {args.stride}), retain {args.retain}, "
-            f"lambda {args.lam:g}"
+            f"disc lr {args.disc_lr:g}, disc input {args.disc_input} (stride {args.stride}), "
+            f"retain {args.retain}, lambda {args.lam:g}"
         )
 
     latents = anchor_latents(backbone, conditions, pairs, images, args, contents, run, processes)

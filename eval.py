@@ -181,7 +181,9 @@ def add_concept_flags(task):
     add = task.add_argument_group("concepts and prompts").add_argument
     add("--target", nargs="+", required=True, help="erased concept, or several")
     add("--anchor", nargs="+", required=True, help="anchor concept: one, or one per target")
-    add("--concept-type", choices=("object", "style"), default="object", help="of --target")
+    # A style has prompts of its own: eight subjects in that style.
+    text = "style: the anchor is a medium, such as painting"
+    add("--concept-type", choices=("object", "style"), default="object", help=text)
     text = "prompts that generate the target without naming it (emoji model: its nicknames)"
     add("--ood", nargs="*", help=text)
     add("--unrelated", nargs="*", help="concepts to be retained (emoji model: six of other groups)")

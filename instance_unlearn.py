@@ -327,6 +327,7 @@ def drop_near_duplicates(samples, x_f, reference, floor=0):
     themselves, the threshold would fall with every copy among them. A DDPM takes no prompt, and its
     reference is the samples; there, floor keeps the threshold up.
     """
+    # Euclidean distances of whole images, in pixels or latents.
     usual = torch.cdist(reference.flatten(1), x_f.flatten(1)).quantile(0.75, dim=0)  # (K,)
     distance = torch.cdist(samples.flatten(1), x_f.flatten(1))  # (N, K)
     threshold = (0.6 * usual).clamp(min=floor)
@@ -502,9 +503,10 @@ def check_flags(args):
             f"{len(args.forget)} images but {len(args.surrogate)} surrogates; "
             f"give one --surrogate for all, or one each"
         )
-    for kind in args.surrogate:
+    for kind in args.surrogate:  # a mistyped kind would count as a file
         if kind not in KINDS and not Path(kind).is_file():
             fail(f"--surrogate {kind}: no such file; expected a file, {', '.join(KINDS)}")
+    # A flag that changes nothing is a misunderstanding; better now than after a training.
     unused = {
         "--strength": args.strength != 0.7 and "sdedit" not in args.surrogate,
         "--surrogate-prompt": args.surrogate_prompt and "sdedit" not in args.surrogate,
@@ -515,6 +517,7 @@ def check_flags(args):
     for flag, is_unused in unused.items():
         if is_unused:
             fail(f"{flag} has no effect with these flags; --help says what it belongs to")
+    # 0 would leave the image as it is: nothing to learn.
     if not 0 < args.strength <= 1:
         fail(f"--strength {args.strength}: expected a number in (0, 1]")
     if args.noise_sigma < 0:
@@ -541,6 +544,7 @@ def fill_defaults(args, backbone, processes):
         args.surrogate = args.surrogate * len(args.forget)
     args.resolution = backbone.check_resolution(args.resolution)
 
+    # The batch is split over the processes, each gets as many images.
     common.check_batch_size(args.batch_size, processes)
     if args.steps < 1 or not args.lr > 0:
         fail(f"--steps {args.steps} --lr {args.lr:g}: expected at least one step, a positive rate")
@@ -769,6 +773,7 @@ def main():
         return 0
     flags = ["--seed", args.seed, "--forget", *args.forget]
     flags += ["--prompt", args.prompt] if args.prompt else []
+    # Real images for FID_real, if there are some.
     has_real = args.remember != "generated" and len(common.list_images(args.remember)) > 1
     flags += ["--real", args.remember] if has_real else []
     flags += ["--resolution", args.resolution] if args.resolution else []

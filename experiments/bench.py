@@ -540,7 +540,7 @@ def memory_in_child(args, way):
 def time_surgery(bench, device):
     """Median seconds of the gradient surgery on vectors (n,) as long as what is trained."""
     g_f, g_r = torch.randn(2, count(bench.params), device=device)
-    # Both compute a few dot products and a weighted sum; they read the vectors from memory, no more.
+    # Both compute a few dot products and a weighted sum; they read the vectors, no more.
     # So their time does not depend on what is in them.
     surgery = lambda_projection if bench.what == "doco" else forget_only
 

@@ -31,6 +31,8 @@ from matplotlib.figure import Figure
 from torch import float64, outer
 from torch.linalg import solve
 
+from common import fail
+
 # ---- 1. closed forms ----------------------------------------------------------------------------
 
 
@@ -187,9 +189,12 @@ def plot_shifts(path):
     axes.legend(loc="upper left", frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(f"{path}.tmp", format="png", dpi=110, metadata={"Software": None})
-    os.replace(f"{path}.tmp", path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(f"{path}.tmp", format="png", dpi=110, metadata={"Software": None})
+        os.replace(f"{path}.tmp", path)
+    except OSError as e:
+        fail(f"--out {path} cannot be written: {e.strerror}")
 
 
 def parse_args(argv=None):

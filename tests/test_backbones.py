@@ -341,6 +341,15 @@ def test_predict(folders, family):
             assert alike == (prompt == "a cat" or family == "ddpm")
 
 
+def test_predictions_are_fp32_also_from_a_network_in_bf16(folders):
+    """As autocast on a GPU makes it: the losses and their gradients need the precision."""
+    backbone = backbones.load_backbone(folders["ddpm"])
+    backbone.net.to(torch.bfloat16)
+    with torch.no_grad():
+        xt = random_like(1, 3, 16, 16).bfloat16()
+        assert backbone.predict(xt, torch.tensor([500]), {}).dtype == torch.float32
+
+
 # ---- what a family knows of itself --------------------------------------------------------------
 
 
@@ -378,7 +387,6 @@ def test_check_resolution(folders, family, native, other, wrong):
             backbone.check_resolution(size)
 
 
-@pytest.mark.xfail(reason="resolution_unit of Stable Diffusion 3 does not know of its patches")
 def test_stable_diffusion_3_needs_whole_patches(folders):
     """Latents of 7x7 and patches of 2x2: the network would return 6x6."""
     backbone = backbones.load_backbone(folders["sd3"])
@@ -421,6 +429,7 @@ def test_fingerprint(folders, tiny, tmp_path):
 def test_is_embedded(tiny, monkeypatch):
     assert backbones.is_embedded(common.REPO / "emoji/sd")
     assert not backbones.is_embedded(tiny)
+    assert not backbones.is_embedded(common.REPO)  # runs/ is there, too
     assert not backbones.is_embedded("CompVis/stable-diffusion-v1-4")
     monkeypatch.chdir(common.REPO / "emoji")
     assert backbones.is_embedded("sd") and backbones.is_embedded("../emoji/ddpm")

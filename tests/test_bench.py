@@ -1,4 +1,4 @@
-"""experiments/bench.py: the real sizes are the published ones, a step costs its passes, the table comes out."""
+"""experiments/bench.py: real sizes as published, a step costs its passes, the table comes out."""
 
 import shutil
 import subprocess

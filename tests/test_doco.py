@@ -235,9 +235,10 @@ def test_a_batch_that_cannot_be_split_is_one_line():
         (["--model", "tests"], "--model tests: no model_index.json there"),
         (["--resolution", "30"], "--resolution 30"),
         (["--resolution", "-64"], "--resolution -64"),
-        pytest.param(
-            *(["--resolution", "8"], "--resolution 8"),
-            marks=pytest.mark.xfail(raises=ValueError, reason="D needs latents of 4x4"),
+        (["--resolution", "8"], "--resolution 8: expected at least 32"),
+        (
+            ["--lam", "0.5", "--retain", "l2"],
+            "--lam 0.5 goes with --retain cp, not with --retain l2",
         ),
         (["--init", "TRUNCATED"], "is corrupted"),
         (["--init", "FOREIGN"], "which is not trained here; repeat its --model"),

@@ -250,16 +250,16 @@ def test_each_surrogate_leads_elsewhere(forget, photos):
 
 @pytest.mark.slow
 def test_prompt_of_the_surrogate(forget):
-    """--surrogate-prompt is that of sdedit alone: without sdedit it changes nothing."""
-    flags = ["--steps", "1", "--remember", "generated", "--num-remember", "2", "--prompt", "a cat"]
-
-    def run(kind, prompt, out):
-        more = ["--surrogate", kind, "--surrogate-prompt", prompt]
-        return forget(*flags, *more, out=out, model="sd3")
-
-    a, b = run("sdedit", "a dog", "a"), run("sdedit", "pizza", "b")
-    assert not torch.equal(pixels(a / "surrogate-0.png"), pixels(b / "surrogate-0.png"))
-    assert_same(run("flip", "a dog", "c"), run("flip", "pizza", "d"))
+    """sdedit follows --surrogate-prompt, and without it --prompt."""
+    flags = ["--steps", "1", "--surrogate", "sdedit", "--prompt", "a cat"]
+    surrogates = []
+    for prompt in ("a dog", "pizza", "a cat", None):
+        more = ["--surrogate-prompt", prompt] if prompt else []
+        run = forget(*flags, *more, out=str(prompt), model="sd3")
+        surrogates.append(pixels(run / "surrogate-0.png"))
+    dog, pizza, cat, default = surrogates
+    assert torch.equal(cat, default)
+    assert not torch.equal(dog, pizza) and not torch.equal(dog, cat)
 
 
 def test_generated_images_are_saved_for_a_resumed_run(forget):
@@ -498,8 +498,10 @@ def launch(processes, folder, *flags):
 @pytest.mark.parametrize("model", ["ddpm", "sd3"])
 def test_two_processes_equal_one(forget, tiny_ddpm, tiny_sd3, photos, tmp_path, model):
     flags = ["--steps", "3", "--seed", "3", "--surrogate", "sdedit", "--strength", "0.5"]
-    flags += ["--remember", str(photos) if model == "ddpm" else "generated"]
-    flags += ["--num-remember", "5"]
+    if model == "ddpm":
+        flags += ["--remember", str(photos)]
+    else:
+        flags += ["--remember", "generated", "--num-remember", "5"]
     one = forget(*flags, model=model, out="one")
     folder = tiny_ddpm if model == "ddpm" else tiny_sd3
     argv = ["--model", str(folder), "--forget", str(photos / "a.png"), "--batch-size", "4"]
@@ -539,18 +541,21 @@ BAD_INPUT = [
     (["--forget", "RGBA"], "has mode RGBA; expected RGB"),
     (["--forget", "LARGE"], "is 64x64; expected 16x16"),
     (["--surrogate", "GREY"], "--surrogate"),
-    (["--surrogate", "no-such-kind"], "--surrogate no-such-kind cannot be read"),
+    (["--surrogate", "no-such-kind"], "--surrogate no-such-kind: no such file; expected"),
     (["--surrogate", "flip", "flip"], "1 images but 2 surrogates"),
-    (["--strength", "1.5"], "--strength 1.5: expected a number in (0, 1]"),
-    (["--strength", "0"], "--strength 0.0: expected a number in (0, 1]"),
+    (["--surrogate", "sdedit", "--strength", "1.5"], "--strength 1.5: expected a number in (0, 1]"),
+    (["--surrogate", "sdedit", "--strength", "0"], "--strength 0.0: expected a number in (0, 1]"),
     (["--surrogate", "sdedit", "--strength", "1e-4"], "for one step of the sampler at least"),
-    (["--noise-sigma", "-1"], "--noise-sigma -1.0: expected 0 or more"),
+    (["--surrogate", "noise", "--noise-sigma", "-1"], "--noise-sigma -1.0: expected 0 or more"),
     (["--remember", "EMPTY"], "no images there; expected a folder"),
     (["--remember", "missing"], "--remember missing: no images there"),
     (["--remember", "generated", "--num-remember", "0"], "--num-remember 0: expected at least 1"),
     (["--remember", "ONLY"], "every image there shows one to forget; expected others"),
     (["--prompt", "a cat"], "is unconditional, it takes no prompt"),
-    (["--surrogate-prompt", "a cat"], "is unconditional, it takes no prompt"),
+    (
+        ["--surrogate", "sdedit", "--surrogate-prompt", "a cat"],
+        "is unconditional, it takes no prompt",
+    ),
     (["--model", "no/such-model-anywhere"], "--model no/such-model-anywhere cannot be loaded"),
     (["--model", "tests"], "no model_index.json"),
     (["--resolution", "15"], "--resolution 15 is no multiple of 2"),
@@ -562,6 +567,11 @@ BAD_INPUT = [
     (["--lr", "nan"], "a positive rate"),
     (["--rank", "0"], "--rank 0"),
     (["--constant-lambda", "1.5"], "expected a number in [0, 1]"),
+    (["--strength", "0.5"], "--strength has no effect with these flags"),
+    (["--surrogate-prompt", "a cat"], "--surrogate-prompt has no effect with these flags"),
+    (["--noise-sigma", "50"], "--noise-sigma has no effect with these flags"),
+    (["--num-remember", "5"], "--num-remember has no effect with these flags"),
+    (["--beta", "1e-4", "--constant-lambda", "0.5"], "--beta has no effect with these flags"),
     (["--out", "/proc/nowhere"], "cannot be written"),
 ]
 

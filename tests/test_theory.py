@@ -1,4 +1,4 @@
-"""experiments/theory.py: the closed forms against refitting from scratch, and the figure's claim."""
+"""experiments/theory.py: the closed forms against refitting, and the figure's claim."""
 
 import torch
 
