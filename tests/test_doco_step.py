@@ -590,8 +590,8 @@ MUTANTS = {
     ),
     "D is shown the other timestep": (
         "paper",
-        "view = (batch_f.t, alpha_bar",
-        "view = (batch_r.t, alpha_bar",
+        "how = (batch_f.t, alpha_bar",
+        "how = (batch_r.t, alpha_bar",
     ),
     "the posterior sample has the noise of x_t": (
         "x_{t-1}",
@@ -641,8 +641,8 @@ MUTANTS = {
     ),
     "D is shown the anchor twice": (
         "paper",
-        "discriminator_input(disc_input, xt, eps_target, *view)",
-        "discriminator_input(disc_input, xt, eps_anchor, *view)",
+        "discriminator_input(disc_input, xt, eps_target, *how)",
+        "discriminator_input(disc_input, xt, eps_anchor, *how)",
     ),
     "D is shown the target twice": (
         "paper",
@@ -731,13 +731,13 @@ OPTIMIZER_MUTANTS = {
     "the gradient is left": ("not measured", "    optimizer.zero_grad()\n", ""),
     "the step has the wrong sign": (
         "projected",
-        "step = before - flatten(params)",
-        "step = flatten(params) - before",
+        "descent = before - flatten(params)",
+        "descent = flatten(params) - before",
     ),
     "the step is not projected": (
         "projected",
         "unflatten(params, before - projected)",
-        "unflatten(params, before - step)",
+        "unflatten(params, before - descent)",
     ),
     "the projected step is added to AdamW's": (
         "projected",
@@ -746,13 +746,13 @@ OPTIMIZER_MUTANTS = {
     ),
     "lambda is not used": (
         "projected, lambda 0.5",
-        "lambda_projection(step, g_r, lam)",
-        "lambda_projection(step, g_r)",
+        "lambda_projection(descent, g_r, lam)",
+        "lambda_projection(descent, g_r)",
     ),
     "the step changes place with G_r": (
         "projected",
-        "lambda_projection(step, g_r, lam)",
-        "lambda_projection(g_r, step, lam)",
+        "lambda_projection(descent, g_r, lam)",
+        "lambda_projection(g_r, descent, lam)",
     ),
     "always projected": ("measured", "    if project:\n", "    if True:\n"),
     "never projected": ("projected", "    if project:\n", "    if False:\n"),

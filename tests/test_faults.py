@@ -869,9 +869,7 @@ def test_bad_input_is_one_line(program, flags, message, tmp_path, monkeypatch):
     "command",
     [
         ["doco.py", *CAT, "--steps", "0"],
-        ["instance_unlearn.py", "--lr", "0"],
         ["-m", "baselines.esd", *CAT, "--steps", "0"],
-        ["-m", "experiments.bench", "doco", "--steps", "1"],
     ],
 )
 def test_the_last_line_of_a_process_is_the_error(command, tmp_path):
@@ -886,6 +884,7 @@ def test_the_last_line_of_a_process_is_the_error(command, tmp_path):
 
 QUICK = ("doco.py", "instance_unlearn.py", "baselines.uce", "baselines.neggrad")
 PROGRAMS = [*QUICK[:2], *(f"baselines.{name}" for name in CONCEPTS + INSTANCES)]
+PROGRAMS.remove("baselines.esd")  # samples 64 paths of 50 steps; test_main.py runs it to its end
 
 
 @pytest.mark.parametrize(
