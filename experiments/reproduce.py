@@ -1085,7 +1085,10 @@ def chosen_tables(args):
     chosen = {name: select(TABLES[name](args), fits) for name in names}
     chosen = {name: tables for name, tables in chosen.items() if tables}
     if not chosen and args.rows:
-        fail(f"--rows {args.rows!r}: no such row in {args.table}")
+        fail(
+            f"--rows {args.rows!r}: no such row in {args.table}; "
+            f"expected a part of a title, a heading or a label, such as 'Grumpy Cat'"
+        )
     if not chosen:
         fail(f"{args.table} exists without --paper alone: no rates were tried at the papers' size")
     return chosen

@@ -3,7 +3,8 @@
 A change of the code that is meant to change no figure keeps these hashes; then no table has to be
 run again. One that is meant to change figures records them anew, in a commit of its own:
 
-    python -m tests.test_golden          # prints the new golden.json
+    python -m tests.test_golden esd spm > golden.new      # these cases; without names, all of them
+    mv golden.new tests/golden.json
 
 Bits depend on the processor. On another one than golden.json names, the length of the change of the
 weights is compared instead.
@@ -193,11 +194,11 @@ def test_every_script_and_baseline_is_golden():
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    before = json.loads(GOLDEN.read_text())
     with tempfile.TemporaryDirectory() as folder:
-        runs = {}
-        for case in CASES:
+        runs = {name: before["runs"][name] for name in CASES if name in before["runs"]}
+        for case in sys.argv[1:] or CASES:
             runs[case] = result(run(case, Path(folder)))
             if case in EVALUATIONS:
                 runs[case]["figures"] = evaluate(case, Path(folder) / case, Path(folder))
-    golden = json.loads(GOLDEN.read_text()) | {"cpu": cpu(), "runs": runs}
-    print(json.dumps(golden, indent=1))
+    print(json.dumps(before | {"cpu": cpu(), "runs": runs}, indent=1))
