@@ -89,8 +89,8 @@ def posterior_sample(xt, eps, alpha_bar_t, alpha_bar_prev, noise):
 def discriminator_input(kind, xt, eps, t, alpha_bar, stride, noise):
     """What D is shown of a prediction eps at x_t: "x0" or "xprev". (B, 4, h, w) in both cases.
 
-    noise: that of the posterior sample. Anchor and target get the same, or D would learn nothing
-    but noise.
+    noise: that of the posterior sample. Anchor and target get the same, so that they differ in the
+    prediction alone.
     """
     alpha_bar_t = alpha_bar[t].view(-1, 1, 1, 1)
     if kind == "x0":
@@ -110,7 +110,7 @@ def loss_unlearn(logits_target):
     """Eq. 8, min over M, in its non-saturating form: -log D(target) instead of log(1 - D(target)).
 
     Both have the same fixed point. But where D is sure of the target, as after the warm-up, the
-    gradient of the paper's form vanishes, and M would learn nothing (Goodfellow et al. 2014).
+    gradient of the paper's form vanishes, and M would hardly learn (Goodfellow et al. 2014).
     """
     return F.softplus(-logits_target).mean()
 
@@ -142,7 +142,7 @@ def doco_step(
 ):
     """One step of DoCo: three forward passes of the network, two backward. Changes no weight.
 
-    Returns a DocoUpdate. In the warm-up, D's gradient alone, for one pass of each network.
+    Returns a DocoUpdate. In the warm-up, D's gradient alone: two forward passes, M's and M_init's.
     """
     g, g_r, stats = None, None, {}
 
@@ -224,9 +224,9 @@ def optimizer_step(optimizer, params, g, g_r=None, lam=1.0, project=False):
 def swap_weights(params, originals):
     """Swaps trained and original weights in place: M becomes M_init, bitwise, and M again.
 
-    The original model so costs a copy of what is trained, 2 % of Stable Diffusion, and not a second
-    network. Never call it while a graph is alive, or inside autocast, which caches low-precision
-    copies of the weights.
+    So the original model costs a copy of what is trained, 2 % of Stable Diffusion's UNet, and not a
+    second network. Never call it while a graph is alive, or inside autocast, which caches
+    low-precision copies of the weights.
     """
     for p, original in zip(params, originals, strict=True):
         p.data, original.data = original.data, p.data

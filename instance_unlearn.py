@@ -437,8 +437,8 @@ SMALL_LORA = {"steps": 100, "lr": 1e-3, "beta": 2e-4, "sampling_steps": 15, "gui
 PAPER_REMEDIES = {"lr_scheduler": "constant", "timestep_sampling": "uniform"}
 SMALL_REMEDIES = {"lr_scheduler": "linear", "timestep_sampling": "stratified"}
 
-# The default model, the image that it forgets, and those that it remembers: emoji with a face, all
-# of which it was trained on.
+# The default model, the image that it forgets, and those that it remembers: faces, monsters and
+# animals, the images that it was trained on.
 EMOJI_DDPM = common.REPO / "emoji/ddpm"
 EMOJI_FORGET = common.REPO / "emoji/creatures/twemoji-cowboy-hat-face.png"
 EMOJI_REMEMBER = common.REPO / "emoji/creatures"
