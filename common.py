@@ -110,15 +110,19 @@ def setup_processes():
     """
     rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
-    elif torch.backends.mps.is_available() and world == 1:  # MPS has no process group
-        device = torch.device("mps")
+    device = pick_device(mps=world == 1)  # MPS has no process group
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return Processes(rank, world, device)
+
+
+def pick_device(mps=True):
+    """The GPU of this process; else MPS, unless mps is False (no float64 there); else the CPU."""
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+        return device
+    return torch.device("mps" if mps and torch.backends.mps.is_available() else "cpu")
 
 
 def close_processes(processes):

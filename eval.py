@@ -78,7 +78,7 @@ import torch.nn.functional as F
 import transformers
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 from PIL import ImageDraw
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from tqdm import tqdm
 
@@ -102,6 +102,7 @@ from common import (
     list_images,
     load_or_fail,
     open_image,
+    pick_device,
     read_cropped,
     read_exact,
     to_rgb,
@@ -424,9 +425,8 @@ def cached(folder, key, make):
     images = make()
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        # Renamed when complete: another evaluation may read the cache at the same time
-        save_file({"images": images.contiguous()}, f"{file}.tmp")
-        os.replace(f"{file}.tmp", file)
+        # Atomic: another evaluation may read the cache at the same time
+        atomic_save(file, {"images": images})
     return images
 
 
@@ -532,14 +532,9 @@ class Sampler:
 
     def _set_size(self, model, resolution):
         """Sets the side of an image, or fails if the network cannot take it."""
-        scale = self.backbone.scale_factor
-        if self.ddpm:
-            unit = self.backbone.resolution_unit
-        elif self.flow:
-            unit = scale * self.net.config.patch_size
-        else:
-            unit = math.lcm(scale, 8)  # diffusers wants multiples of 8, whatever the VAE
-        self.size = image_size(model, self.backbone.sample_size * scale, unit, resolution)
+        unit = self.backbone.resolution_unit
+        native = self.backbone.sample_size * self.backbone.scale_factor
+        self.size = image_size(model, native, unit, resolution)
         if self.ddpm:
             self.net.register_to_config(sample_size=self.size)  # its pipeline takes no height
         if self.flow and self.size > (most := unit * self.net.config.pos_embed_max_size):
@@ -1385,15 +1380,6 @@ def compare_counts(counts):
 # ---- 9. main ------------------------------------------------------------------------------------
 
 TASKS = {"concept": concept, "instance": instance, "faces": faces, "nudity": nudity}
-
-
-def pick_device():
-    """The GPU of this process, or MPS, or the CPU."""
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
-        return device
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
 def evaluate(args):

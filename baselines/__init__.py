@@ -56,6 +56,7 @@ from common import (
     list_images,
     load_or_fail,
     make_run_dir,
+    pick_device,
     read_cropped,
     read_exact,
     run_name,
@@ -200,15 +201,6 @@ def remember_folder(args):
 
 
 # ---- 3. model -----------------------------------------------------------------------------------
-
-
-def pick_device(float64=False):
-    """The torch.device of a baseline. float64: it must have that type, which MPS has not."""
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    if torch.backends.mps.is_available() and not float64:
-        return torch.device("mps")
-    return torch.device("cpu")
 
 
 def load_text_to_image(args, prompts, device=None):

@@ -30,12 +30,12 @@ from baselines import (
     load_text_to_image,
     main,
     open_run_folder,
-    pick_device,
     save_delta,
     target_prompts,
     trainable_weights,
     with_preset,
 )
+from common import pick_device
 from doco import TRAINABLE
 
 TASK = "concept"
@@ -115,7 +115,7 @@ def unlearn(args):
     preserved = list(dict.fromkeys(["", *guides, *args.preserve]))  # each once
     out = open_run_folder(args)
     prompts = [*preserved, *target_prompts(pairs)]
-    device = pick_device(float64=True)
+    device = pick_device(mps=False)
     model, emb = load_text_to_image(args, prompts, device)
     args = with_preset(args, model, PAPER, SMALL)
     if args.preserve_scale is None:

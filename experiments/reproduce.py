@@ -58,7 +58,7 @@ import doco
 import eval as evaluation
 import instance_unlearn
 import plots
-from common import REPO, HelpFormatter, atomic_save, fail
+from common import REPO, HelpFormatter, atomic_save, fail, pick_device
 
 SCRIPTS = {"doco": doco, "instance_unlearn": instance_unlearn}
 SCRIPTS |= {f"baselines.{name}": module for name, module in baselines.methods().items()}
@@ -901,7 +901,7 @@ def sample_rows(before, runs, prompts, each=3):
     seeds = [SAMPLE_SEED + k for _ in prompts for k in range(each)]
     grid = []
     for label, folder in [(ORIGINAL.label, None), *runs]:
-        sampler = evaluation.Sampler(before, evaluation.pick_device())
+        sampler = evaluation.Sampler(before, pick_device())
         if folder:
             sampler.load_unlearned(folder)
         images = sampler.sample(texts, seeds, f"samples: {label}")  # (n, 3, H, W)
