@@ -28,6 +28,7 @@ anchor's own prompts the target. FID is between the images after and before. Typ
     paraphrase   the name in a sentence
     ood          out of distribution: no word of the name, yet the original model generates the
                  concept in at least 60 % of the images (other OOD prompts are left out)
+    composed     the target in a style: "Grumpy Cat, in the style of twemoji" (--styles)
     anchor       the anchor concept
     related      similar to the target, hardest to preserve; known for the embedded model alone
     unrelated    other concepts (--unrelated)
@@ -187,6 +188,7 @@ def add_concept_flags(task):
     add("--concept-type", choices=("object", "style"), default="object", help=text)
     text = "prompts that generate the target without naming it (emoji model: its nicknames)"
     add("--ood", nargs="*", help=text)
+    add("--styles", nargs="*", help="styles to compose the target with (emoji model: its three)")
     add("--unrelated", nargs="*", help="concepts to be retained (emoji model: six of other groups)")
     text = "sentences around a concept, {} for its name; a file has one per line; "
     text += "imagenet: CLIP's 80, as in DoCo's tables"
@@ -232,7 +234,7 @@ def check_num_images(n, least, why=""):
 
 # ---- 2. prompts of a concept --------------------------------------------------------------------
 
-PROMPT_TYPES = ("target", "paraphrase", "ood", "anchor", "related", "unrelated")
+PROMPT_TYPES = ("target", "paraphrase", "ood", "composed", "anchor", "related", "unrelated")
 NOT_GENERATED = "ood, not generated"  # an OOD prompt from which the original generates other things
 
 # type: of PROMPT_TYPES. name: the concept under which the prompt is reported. prompt: what the
@@ -303,6 +305,8 @@ def concept_prompts(args, emoji):
         else:
             taken = {*args.target, *anchors}
             rows += object_prompts(args, target, anchor, templates, catalogue, taken)
+            styles = catalogue["styles"] if args.styles is None else args.styles
+            rows += composed_prompts(target, anchor, templates, styles)
     return list(dict.fromkeys(rows))  # two targets may share an anchor
 
 
@@ -359,6 +363,21 @@ def object_prompts(args, target, anchor, templates, catalogue, taken):
     for name in args.unrelated or []:
         for template in templates:
             rows.append(Prompt("unrelated", name, template.format(name), name, anchor))
+    return rows
+
+
+def composed_prompts(target, anchor, templates, styles):
+    """[Prompt] of an object in every style: the bare name and the last sentence of the templates.
+
+    An erasure may hold for the name and not for the name in a longer prompt. Concept and contrast
+    have the same style: CA asks about the object alone.
+    """
+    rows = []
+    for style in styles:
+        concept, plain = (f"{name}, in the style of {style}" for name in (target, anchor))
+        for template in dict.fromkeys([templates[0], templates[-1]]):
+            text = f"{template.format(target)}, in the style of {style}"
+            rows.append(Prompt("composed", target, text, concept, plain))
     return rows
 
 
@@ -975,7 +994,7 @@ def concept_report(rows, n, scores, features):
     named = {}  # {(name, type): indices}
     for i, row in enumerate(rows):
         kind = "target" if row.type == "paraphrase" else row.type
-        if kind not in ("ood", NOT_GENERATED):
+        if kind not in ("ood", "composed", NOT_GENERATED):
             named.setdefault((row.name, kind), []).append(i)
     for (name, kind), indices in named.items():
         concepts[name] = {"type": kind} | summarize(indices, n, scores, features)
@@ -985,10 +1004,26 @@ def concept_report(rows, n, scores, features):
         prompts.append(row._asdict() | summarize([i], n, scores))
     return {
         "ood_prompts_left_out": sum(row.type == NOT_GENERATED for row in rows),
+        "H": harmonic_mean(types),
         "prompt_types": types,
         "concepts": concepts,
         "prompts": prompts,
     }
+
+
+def harmonic_mean(types):
+    """H in %: the harmonic mean of 100 - target, 100 - ood, related and unrelated, of CA after.
+
+    Forgetting and preservation in one number, which the worst of the four dominates. None where one
+    of them was not measured. types: "prompt_types" of a report.
+    """
+    if not {"target", "ood", "related", "unrelated"} <= types.keys():
+        return None
+    accuracy = {kind: types[kind]["after"]["CA"] for kind in types}
+    forgotten = [100 - accuracy["target"], 100 - accuracy["ood"]]
+    parts = [*forgotten, accuracy["related"], accuracy["unrelated"]]
+    # With a part of 0, the harmonic mean is 0 in the limit
+    return round(len(parts) / sum(1 / p for p in parts), 2) if all(parts) else 0.0
 
 
 def plot_concept(args, rows, n, images):
@@ -1015,10 +1050,12 @@ def print_concept(report):
             accuracy = f"{before['CA']:10.1f}{after['CA']:8.1f}"
             score = f"{before['CS']:12.1f}{after['CS']:8.1f}"
             print(f"{name[:22]:22}{accuracy}{score}{frechet}{row['n']:6}")
+    if report["H"] is not None:
+        print(f"H, harmonic mean of 100 - target, 100 - ood, related, unrelated: {report['H']:.1f}")
     left_out = report["ood_prompts_left_out"]
     for kind in ("ood", "unrelated"):
         if kind not in report["prompt_types"]:
-            why = "no prompts"
+            why = "no prompts"  # then there is no H either
             if kind == "ood" and left_out:
                 why = f"the original generates it from none of {left_out} prompts"
             print(f"{kind:22}skipped: {why}; give some with --{kind}")

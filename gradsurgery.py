@@ -10,6 +10,17 @@ out: it would undo what is to be retained.
                         add the retain gradient
     pcgrad              PCGrad (Yu et al., NeurIPS 2020), the ablation of the same paper: project
                         both, add them
+    normalized_sum      after NGDiff (arXiv 2410.22086): add the retain gradient at the forget
+                        gradient's length, whatever the scale of its loss
+    orthograd           OrthoGrad (arXiv 2503.02312): project out the span of several retain
+                        gradients
+
+The last two functions constrain the weights instead, for linear layers whose inputs are known (keys
+and values of the cross-attention: their inputs are the embeddings of prompts).
+
+    null_space          the projection onto what a set of embeddings leaves free (AlphaEdit,
+                        arXiv 2410.02355)
+    project_update      keeps a layer's outputs for these embeddings as they were
 
 Three lines replace one of a plain training loop:
 
@@ -118,6 +129,67 @@ def pcgrad(g_f, g_r):
     """
     projected_f, stats = _project(g_f, g_r, 1.0)
     return projected_f + _project(g_r, g_f, 1.0)[0], stats
+
+
+def normalized_sum(g_f, g_r, weight=1.0):
+    """g_f + weight |g_f| / |g_r| g_r: the retain gradient at `weight` times the length of g_f.
+
+    After NGDiff (Bu et al. 2024): g_f / |g_f| + g_r / |g_r| for two losses that are both lowered,
+    here at the scale of g_f. g_f and g_r are flat vectors (n,), the result too. No factor is larger
+    than 1,000: a shorter g_r is rounding, as in the first step of a distillation, where the two
+    models are still the same.
+    """
+    norm_f = g_f.norm()
+    tiny = torch.finfo(g_f.dtype).tiny
+    scale = norm_f / torch.maximum(g_r.norm(), norm_f / 1000).clamp_min(tiny)  # 0-dim, <= 1000
+    return g_f + weight * scale * g_r
+
+
+def orthograd(g_f, g_rs):
+    """OrthoGrad (Shamsian et al. 2025): g_f without its component in the span of the g_rs.
+
+    g_f (n,); g_rs (n, k): one retain gradient per column, of a sample or a prompt. Returns (n,),
+    orthogonal to all of them, whether they conflict or agree. Subtracting the component along one
+    after the other would not do: taking off the second brings back some of the first.
+    """
+    q, r = torch.linalg.qr(g_rs)  # (n, k), (k, k)
+    # A column that depends on those before it has a zero on the diagonal of R, and an arbitrary
+    # direction in Q.
+    pivots = r.diagonal().abs()  # (k,)
+    q = q * (pivots > 1e-5 * g_rs.norm(dim=0).clamp_min(torch.finfo(r.dtype).tiny))  # (n, k)
+    return g_f - q @ (q.T @ g_f)
+
+
+def null_space(embeddings, energy):
+    """P (d, d), the projection onto what the rows of embeddings (m, d) leave free.
+
+    Their main directions, the fewest that hold the fraction `energy` in (0, 1] of their squared
+    length, span what is protected; P = I - U U^T of these (AlphaEdit, Fang et al. 2025, who cut by
+    an eigenvalue). With energy = 1 and a weight change D, D P maps every row to 0. Raises
+    ValueError if nothing is left.
+    """
+    x = embeddings.double()
+    squares, u = torch.linalg.eigh(x.T @ x)  # (d,), ascending, and (d, d)
+    # Summed from the smallest on: these are left free as long as they hold 1 - energy at most.
+    # Below the rounding of the largest, a square is 0.
+    squares = squares * (squares > squares[-1] * len(squares) * torch.finfo(x.dtype).eps)
+    free = squares.cumsum(0) <= (1 - energy) * squares.sum()  # (d,)
+    if not free.any():
+        raise ValueError(f"null_space: embeddings fill all {len(u)} dimensions at energy {energy}")
+    u = u[:, free]  # (d, number of free directions)
+    return (u @ u.T).to(embeddings.dtype)
+
+
+def project_update(params, originals, projection):
+    """W <- W_0 + (W - W_0) P in place, for each W (out, d) of params; after optimizer.step().
+
+    So W x stays W_0 x for all x with P x = 0, whatever the optimizer did. Projecting the gradient
+    instead (G <- G P) would do for SGD alone: Adam divides it entry by entry, which leaves the
+    span of P, and weight decay pulls at W itself.
+    """
+    with torch.no_grad():
+        for p, original in zip(params, originals, strict=True):
+            p.copy_(original + (p - original) @ projection)
 
 
 def write_grad(params, flat):

@@ -9,7 +9,16 @@ import torch
 import torch.multiprocessing as mp
 
 import gradsurgery
-from gradsurgery import flat_grad, forget_only, lambda_projection, write_grad
+from gradsurgery import (
+    flat_grad,
+    forget_only,
+    lambda_projection,
+    normalized_sum,
+    null_space,
+    orthograd,
+    project_update,
+    write_grad,
+)
 
 
 def pair(cos, n=1000, norm_f=1.0, norm_r=1.0, seed=0):
@@ -170,3 +179,85 @@ def test_flat_grad_averages_over_processes(tmp_path):
     mp.spawn(average_on, args=(tmp_path / "store", queue), nprocs=2)
     for _ in range(2):
         assert queue.get() == [1.5, 1.5]
+
+
+def test_normalized_sum_by_hand_and_whatever_the_scale_of_the_retain_loss():
+    g_f, g_r = torch.tensor([3.0, 4.0]), torch.tensor([0.0, 2.0])
+    torch.testing.assert_close(normalized_sum(g_f, g_r), torch.tensor([3.0, 9.0]))
+    torch.testing.assert_close(normalized_sum(g_f, g_r, 0.5), torch.tensor([3.0, 6.5]))
+    torch.testing.assert_close(normalized_sum(g_f, 0.01 * g_r), normalized_sum(g_f, g_r))
+    assert torch.equal(normalized_sum(g_f, g_r, 0.0), g_f)
+
+
+def test_normalized_sum_has_the_direction_of_ngdiff():
+    g_f, g_r = pair(-0.4, norm_f=3, norm_r=0.02)
+    ngdiff = g_f / g_f.norm() + g_r / g_r.norm()
+    assert cosine(normalized_sum(g_f, g_r), ngdiff) == pytest.approx(1, abs=1e-6)
+
+
+def test_normalized_sum_does_not_blow_up_rounding():
+    """Before the first step of a distillation, g_r is 0, or as much as rounding makes of it."""
+    g_f, g_r = pair(0.0, norm_r=1e-8)
+    assert (normalized_sum(g_f, g_r) - g_f).norm() == pytest.approx(1e-5, rel=1e-3)
+    zero = torch.zeros_like(g_f)
+    assert torch.equal(normalized_sum(g_f, zero), g_f)
+    assert torch.equal(normalized_sum(zero, zero), zero)
+    assert torch.equal(normalized_sum(zero, g_r), zero)  # nothing to forget: nothing to weigh
+
+
+def test_orthograd_is_the_residual_of_least_squares():
+    g = torch.Generator().manual_seed(0)
+    g_f, g_rs = torch.randn(20, 1, generator=g).double(), torch.randn(20, 3, generator=g).double()
+    coefficients = torch.linalg.lstsq(g_rs, g_f).solution
+    expected = (g_f - g_rs @ coefficients)[:, 0]
+    torch.testing.assert_close(orthograd(g_f[:, 0], g_rs), expected)
+    # Two at once, not one after the other: what the second takes off brings back the first
+    assert (g_rs.T @ orthograd(g_f[:, 0], g_rs)).abs().max() < 1e-12
+
+
+def test_orthograd_with_one_gradient_projects_and_with_dependent_ones_takes_off_no_more():
+    g_f, g_r = pair(-0.6, norm_r=7)
+    one = orthograd(g_f, g_r[:, None])
+    torch.testing.assert_close(one, lambda_projection(g_f, g_r)[0], rtol=1e-4, atol=1e-6)
+    thrice = torch.stack([g_r, -2 * g_r, torch.zeros_like(g_r)], dim=1)  # of rank one
+    torch.testing.assert_close(orthograd(g_f, thrice), one, rtol=1e-4, atol=1e-6)
+
+
+def test_null_space_by_hand_and_by_an_svd():
+    # Lengths 3, 2 and 1 along the first three of four axes: energies 9, 4 and 1 of 14
+    x = torch.diag(torch.tensor([3.0, 2.0, 1.0, 0.0]))
+    free = {1.0: [0, 0, 0, 1], 0.93: [0, 0, 0, 1], 0.92: [0, 0, 1, 1], 0.64: [0, 1, 1, 1]}
+    for energy, diagonal in free.items():
+        torch.testing.assert_close(null_space(x, energy), torch.diag(torch.tensor(diagonal) * 1.0))
+
+    x = torch.randn(30, 8, generator=torch.Generator().manual_seed(0)).double()
+    _, s, v = torch.linalg.svd(x)
+    share = s.square().cumsum(0) / s.square().sum()
+    kept = int((share < 0.7).sum()) + 1  # the fewest that hold 0.7
+    expected = torch.eye(8).double() - v[:kept].T @ v[:kept]
+    torch.testing.assert_close(null_space(x, 0.7), expected)
+
+
+def test_null_space_fails_where_nothing_is_left():
+    with pytest.raises(ValueError, match="fill all 4 dimensions at energy 1"):
+        null_space(torch.eye(4), 1.0)
+
+
+def test_project_update_keeps_outputs_under_adamw_where_projecting_the_gradient_does_not():
+    g = torch.Generator().manual_seed(0)
+    x_keep, x_forget = torch.randn(3, 8, generator=g), torch.randn(1, 8, generator=g)
+    original = torch.randn(5, 8, generator=g)
+    p = null_space(x_keep, 1.0)
+    moved = {}
+    for form in ("update", "gradient"):
+        w = original.clone().requires_grad_()
+        optimizer = torch.optim.AdamW([w], lr=0.01, weight_decay=0.1)
+        for _ in range(20):
+            grad = torch.autograd.grad((x_forget @ w.T).square().sum(), w)[0]
+            w.grad = grad @ p if form == "gradient" else grad
+            optimizer.step()
+            if form == "update":
+                project_update([w], [original], p)
+        moved[form] = ((w - original) @ x_keep.T).abs().max().item()
+        assert ((w - original) @ x_forget.T).abs().max() > 0.05  # it does learn
+    assert moved["update"] < 1e-5 and moved["gradient"] > 0.02
