@@ -217,6 +217,7 @@ SEED_OFFSETS = {
     "evaluation": 500_000,
     "unconditional_samples": 800_000,
     "surrogates": 900_000,
+    "retain_prompts": 950_000,
 }
 
 

@@ -49,10 +49,24 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 import common
-from backbones import StableDiffusion, is_embedded, load_backbone, load_pipeline, stack_conditions
+from backbones import (
+    StableDiffusion,
+    expand_condition,
+    is_embedded,
+    load_backbone,
+    load_pipeline,
+    stack_conditions,
+)
 from common import fail
 from discriminator import patchgan
-from gradsurgery import flat_grad, lambda_projection, write_grad
+from gradsurgery import (
+    flat_grad,
+    lambda_projection,
+    normalized_sum,
+    null_space,
+    project_update,
+    write_grad,
+)
 
 # ---- 1. the method: pure functions of tensors ---------------------------------------------------
 # B: images of a batch; h, w: sides of a latent, 64 for 512 pixels; n: number of trained weights.
@@ -115,10 +129,29 @@ def loss_unlearn(logits_target):
     return F.softplus(-logits_target).mean()
 
 
-# x0: latents of anchor images (B, 4, h, w); noise: of the same shape; t: timesteps (B,); anchor and
-# target: conditions on the prompts, whatever `predict` takes; posterior_noise: for "xprev" alone.
+def combine_gradients(g_u, g_r, retain="cp", lam=1.0, retain_weight=1.0, project="gradient"):
+    """G of G_u and G_r (n,), and 0-dim statistics: lambda_projection's, and share_r.
+
+    share_r: how much retention contributes, the length of the part of G that is not G_u, of G's.
+    """
+    # Eq. 10: G = G_u - lam min(0, <G_u, G_r>) / |G_r|^2 G_r. G_r itself is never added: it retains
+    # the anchor by what it takes away from G_u. Adding it is the ablation "l2".
+    projected, stats = lambda_projection(g_u, g_r, lam)
+    g = projected if project == "gradient" else g_u
+    if retain == "l2":
+        g = g_u + g_r
+    if retain == "distill":  # Eq. 10, and G_r stretched to the length of that
+        g = normalized_sum(g, g_r, retain_weight)
+    stats["share_r"] = (g - g_u).norm() / g.norm()
+    return g, stats
+
+
+# x0: latents of anchor images (B, 4, h, w); noise: of the same shape; t: timesteps (B,); anchor,
+# target and retained: conditions on the prompts, whatever `predict` takes; posterior_noise: for
+# "xprev" alone. both: conditions of 2B rows, the anchor's of ForgetBatch and `retained`, for the
+# one pass of M_init that serves both; for "distill" alone.
 ForgetBatch = namedtuple("ForgetBatch", "x0 noise t anchor target posterior_noise")
-RetainBatch = namedtuple("RetainBatch", "x0 noise t anchor")
+RetainBatch = namedtuple("RetainBatch", "x0 noise t retained both", defaults=[None])
 
 # Flat gradients, averaged over the ranks, and 0-dim statistics. g: of M, Eq. 10 applied, or None in
 # the warm-up; g_d: of D; g_r: G_r, or None without retention.
@@ -136,38 +169,51 @@ def doco_step(
     lam=1.0,  # lambda of Eq. 10
     disc_input="x0",  # or "xprev"
     stride=1,  # of "xprev"
-    retain="cp",  # "cp": Eq. 10; "l2": add G_r; "none" (the ablation of Table 3)
+    retain="cp",  # "cp": Eq. 10; "distill"; "l2": add G_r; "none" (the ablation of Table 3)
+    retain_weight=1.0,  # of "distill": the length of G_r, of that of G_u
     project="gradient",  # what Eq. 10 projects; "step": leave it to optimizer_step
     train_model=True,  # False in the warm-up
 ):
     """One step of DoCo: three forward passes of the network, two backward. Changes no weight.
 
-    Returns a DocoUpdate. In the warm-up, D's gradient alone: two forward passes, M's and M_init's.
+    Returns a DocoUpdate. "distill": M_init's pass has 2B rows. In the warm-up, D's gradient alone:
+    two forward passes, M's and M_init's.
     """
     g, g_r, stats = None, None, {}
-
-    # Eq. 9: L_r = |eps - M(x_t, anchor)|^2. This pass comes first: flat_grad frees its graph before
-    # the graph of the next pass is built, so that the memory holds one of them, never both.
-    if train_model and retain != "none":
-        alpha_bar_r = alpha_bar[batch_r.t].view(-1, 1, 1, 1)
-        xt_r = add_noise(batch_r.x0, batch_r.noise, alpha_bar_r)  # (B, 4, h, w), Eq. 1
-        eps_r = predict(xt_r, batch_r.t, batch_r.anchor)  # (B, 4, h, w)
-        loss_r = F.mse_loss(eps_r, batch_r.noise)  # 0-dim
-        g_r = flat_grad(loss_r, params)  # (n,), the mean over the ranks
-        stats["loss_r"] = loss_r
+    retaining = train_model and retain != "none"
 
     # Eq. 1: x_t, from an image of the anchor. Eq. 8 of the paper takes the second expectation over
     # images of the target; its code uses anchor images for both, and so do we: no image of what is
     # to be unlearned is needed.
     alpha_bar_t = alpha_bar[batch_f.t].view(-1, 1, 1, 1)
     xt = add_noise(batch_f.x0, batch_f.noise, alpha_bar_t)  # (B, 4, h, w)
+    if retaining:
+        alpha_bar_r = alpha_bar[batch_r.t].view(-1, 1, 1, 1)
+        xt_r = add_noise(batch_r.x0, batch_r.noise, alpha_bar_r)  # (B, 4, h, w)
 
-    # Eq. 5: two predictions at the same x_t, the original model's for the anchor and the trained
-    # model's for the target. Whatever D finds to tell them apart comes from the prompt.
-    how = (batch_f.t, alpha_bar, stride, batch_f.posterior_noise)
+    # Eq. 5, its first half: the original model's prediction for the anchor.
     with torch.no_grad():
-        eps_anchor = predict_original(xt, batch_f.t, batch_f.anchor)  # (B, 4, h, w)
-        view_anchor = discriminator_input(disc_input, xt, eps_anchor, *how)  # (B, 4, h, w)
+        if retaining and retain == "distill":  # and, in the same pass, what is to be retained
+            xt_both, t_both = torch.cat([xt, xt_r]), torch.cat([batch_f.t, batch_r.t])
+            eps_both = predict_original(xt_both, t_both, batch_r.both)  # (2B, 4, h, w)
+            eps_anchor, target_r = eps_both.chunk(2)  # (B, 4, h, w) each
+        else:
+            eps_anchor = predict_original(xt, batch_f.t, batch_f.anchor)  # (B, 4, h, w)
+            target_r = batch_r.noise if retaining else None  # (B, 4, h, w)
+
+    # Eq. 9: L_r = |eps - M(x_t, anchor)|^2; "distill": M_init(x_t, retained) in place of eps. This
+    # pass of M comes first: flat_grad frees its graph before the graph of the next one is built, so
+    # that the memory holds one of them, never both.
+    if retaining:
+        eps_r = predict(xt_r, batch_r.t, batch_r.retained)  # (B, 4, h, w)
+        loss_r = F.mse_loss(eps_r, target_r)  # 0-dim
+        g_r = flat_grad(loss_r, params)  # (n,), the mean over the ranks
+        stats["loss_r"] = loss_r
+
+    # Eq. 5, its second half: the trained model's prediction for the target, at the same x_t.
+    # Whatever D finds to tell the two apart comes from the prompt.
+    how = (batch_f.t, alpha_bar, stride, batch_f.posterior_noise)
+    view_anchor = discriminator_input(disc_input, xt, eps_anchor, *how)  # (B, 4, h, w)
     with torch.set_grad_enabled(train_model):
         eps_target = predict(xt, batch_f.t, batch_f.target)  # (B, 4, h, w)
         view_target = discriminator_input(disc_input, xt, eps_target, *how)  # (B, 4, h, w)
@@ -180,14 +226,8 @@ def doco_step(
         g = g_u
         stats["loss_u"] = loss_u
         if g_r is not None:
-            # Eq. 10: G = G_u - lam min(0, <G_u, G_r>) / |G_r|^2 G_r. G_r itself is never added: it
-            # retains the anchor by what it takes away from G_u. Adding it is the ablation "l2".
-            projected, surgery = lambda_projection(g_u, g_r, lam)
-            stats |= surgery  # cos, norm_f, norm_r, conflict
-            if retain == "l2":
-                g = g_u + g_r
-            elif project == "gradient":
-                g = projected
+            g, surgery = combine_gradients(g_u, g_r, retain, lam, retain_weight, project)
+            stats |= surgery  # cos, norm_f, norm_r, conflict, share_r
         stats["norm_g"] = g.norm()
 
     # Eq. 8, D's half: L_D = -log D(v) - log(1 - D(v*)), on the inputs that M was trained with. By
@@ -246,7 +286,7 @@ def unflatten(params, flat):
 # ---- 2. the training loop -----------------------------------------------------------------------
 
 
-def train(backbone, trained, latents, pairs, conditions, args, run, processes):
+def train(backbone, trained, latents, pairs, retained, conditions, args, run, processes):
     """Runs the steps of DoCo on the trained weights, {name: parameter}, in place.
 
     latents: anchor images (N, 4, h, w), image j from entry j mod len(pairs) of the prompt pairs.
@@ -257,6 +297,10 @@ def train(backbone, trained, latents, pairs, conditions, args, run, processes):
     originals = [p.detach().clone() for p in params]  # all that M_init costs
     if args.init:
         load_init(args.init, trained)  # after the copy: the anchor is what the original model knew
+    projection = None
+    if args.null_space is not None:
+        before = [p.detach().clone() for p in params]
+        projection = null_space_of_prompts(pairs, retained, conditions, args.null_space)
 
     torch.manual_seed(args.seed)  # the same D on every rank; all later draws have generators
     disc = patchgan(latents.shape[-1], latents.shape[1]).to(processes.device)
@@ -285,7 +329,7 @@ def train(backbone, trained, latents, pairs, conditions, args, run, processes):
             train_model = step >= args.warmup_steps
             is_logging_step = (step + 1) % 10 == 0 or step + 1 == args.steps
             batch_f, batch_r = sample_batches(
-                step, latents, pairs, conditions, backbone.alpha_bar, args, processes
+                step, latents, pairs, retained, conditions, backbone.alpha_bar, args, processes
             )
 
             # All gradients at the weights as they are; then both optimizers take their steps.
@@ -301,6 +345,7 @@ def train(backbone, trained, latents, pairs, conditions, args, run, processes):
                 disc_input=args.disc_input,
                 stride=args.stride,
                 retain=args.retain,
+                retain_weight=args.retain_weight,
                 project=args.project,
                 train_model=train_model,
             )
@@ -310,17 +355,14 @@ def train(backbone, trained, latents, pairs, conditions, args, run, processes):
                 g_r = update.g_r if project or is_logging_step else None  # measuring costs a copy
                 cos_step = optimizer_step(optimizer, params, update.g, g_r, args.lam, project)
                 stats |= {} if cos_step is None else {"cos_step": cos_step}
+                if projection is not None:
+                    project_update(params, before, projection)
             write_grad(disc.parameters(), update.g_d)
             opt_disc.step()
 
-            if "conflict" in stats:
-                conflicts.append(stats["conflict"])
-                stats["conflict"] = torch.stack(conflicts).mean()
+            conflicts += [stats["conflict"]] if "conflict" in stats else []
             if is_logging_step:
-                # One transfer from the device for all values. Reading them at every step would make
-                # a GPU wait. The mean over the ranks, each of which saw its part of the batch.
-                values = common.average(torch.stack(list(stats.values())), processes).tolist()
-                log.append({"step": step} | dict(zip(stats, values, strict=True)))
+                log.append({"step": step} | read_statistics(stats, conflicts, processes))
                 conflicts = []
                 shown = ("loss_d", "disc_acc", "loss_u", "cos")
                 progress.set_postfix({k: f"{log[-1][k]:.3f}" for k in shown if k in log[-1]})
@@ -328,7 +370,39 @@ def train(backbone, trained, latents, pairs, conditions, args, run, processes):
                 common.save_progress(run, log, step + 1, state, every, stop_requested, processes)
 
 
-def sample_batches(step, latents, pairs, conditions, alpha_bar, args, processes):
+def read_statistics(stats, conflicts, processes):
+    """{name: number} of 0-dim statistics; conflict becomes the mean of the list of conflicts.
+
+    One transfer from the device for all values: reading them at every step would make a GPU wait.
+    The mean over the ranks, each of which saw its part of the batch.
+    """
+    if conflicts:
+        stats["conflict"] = torch.stack(conflicts).mean()
+    values = common.average(torch.stack(list(stats.values())), processes).tolist()
+    return dict(zip(stats, values, strict=True))
+
+
+def null_space_of_prompts(pairs, retained, conditions, energy):
+    """P (D, D) of --null-space: what the embeddings of the prompts to be retained leave free.
+
+    These are the empty prompt, which guidance subtracts, the anchor's prompts and --retain-prompts;
+    of each, all rows: padding carries the meaning of a prompt too. Fails if nothing is left.
+    """
+    prompts = dict.fromkeys(["", *(anchor for anchor, _ in pairs), *retained])
+    rows = [conditions[prompt]["encoder_hidden_states"][0] for prompt in prompts]  # (L, D) each
+    try:
+        projection = null_space(torch.cat(rows), energy)
+    except ValueError:
+        fail(
+            f"--null-space {energy:g}: {len(prompts)} prompts fill all dimensions of the "
+            f"embeddings, {rows[0].shape[1]}; give less, or fewer --retain-prompts"
+        )
+    free = projection.trace().round().int().item()
+    tqdm.write(f"null space: {free} of {len(projection)} dimensions are free")
+    return projection
+
+
+def sample_batches(step, latents, pairs, retained, conditions, alpha_bar, args, processes):
     """The ForgetBatch and the RetainBatch of a step; of each, the slice of this process.
 
     Every rank samples the whole batch from (seed, step) and takes its rows. So N processes compute
@@ -348,14 +422,24 @@ def sample_batches(step, latents, pairs, conditions, alpha_bar, args, processes)
     # Latent j was generated for entry j mod len(pairs). Where an entry has several target prompts
     # (three for a style), they take turns from step to step.
     entries = [pairs[j % len(pairs)] for j in idx]
-    entries_r = [pairs[j % len(pairs)] for j in idx_r]
-    anchor = stack_conditions([conditions[prompt] for prompt, _ in entries])  # (B, L, D)
-    anchor_r = stack_conditions([conditions[prompt] for prompt, _ in entries_r])
-    target_prompts = [variants[step % len(variants)] for _, variants in entries]
-    target = stack_conditions([conditions[prompt] for prompt in target_prompts])
+    anchors = [conditions[prompt] for prompt, _ in entries]  # [B]
+    targets = [conditions[variants[step % len(variants)]] for _, variants in entries]
 
+    # What is to be retained: the anchor. With --retain-prompts, in three rows of four one of these,
+    # at a noisy image of the anchor all the same: M_init says what to predict there.
+    prompts_r = [pairs[j % len(pairs)][0] for j in idx_r]
+    if retained:
+        picks = torch.randint(len(retained), (n,), generator=g)[rows].tolist()
+        first = step + (rows.start or 0)
+        for i, pick in enumerate(picks):
+            if (first + i) % 4:
+                prompts_r[i] = retained[pick]
+    others = [conditions[prompt] for prompt in prompts_r]
+    both = stack_conditions([*anchors, *others]) if args.retain == "distill" else None
+
+    anchor, target = stack_conditions(anchors), stack_conditions(targets)  # (B, L, D) each
     batch_f = ForgetBatch(latents[idx], noise, t, anchor, target, posterior_noise)
-    batch_r = RetainBatch(latents[idx_r], noise_r, t_r, anchor_r)
+    batch_r = RetainBatch(latents[idx_r], noise_r, t_r, stack_conditions(others), both)
     return batch_f, batch_r
 
 
@@ -430,15 +514,27 @@ def prompt_pairs(targets, anchors, concept_type="object", prompts=None, emoji=Fa
     return [pair for turn in zip_longest(*per_target) for pair in turn if pair]
 
 
-def read_prompts(path):
-    """The lines of a text file of anchor prompts, without the empty ones."""
+def read_prompts(path, flag="--prompts", what="anchor prompt"):
+    """The lines of a text file of prompts, without the empty ones."""
     if not path.is_file():
-        fail(f"--prompts {path}: no such file")
+        fail(f"{flag} {path}: no such file")
     lines = [line.strip() for line in path.read_text("utf-8", "replace").splitlines()]
     lines = [line for line in lines if line]
     if not lines:
-        fail(f"--prompts {path} is empty; expected one anchor prompt per line")
+        fail(f"{flag} {path} is empty; expected one {what} per line")
     return lines
+
+
+def read_retain_prompts(which, tokenizer, seed):
+    """The prompts of --retain-prompts: a file's lines, 256 words of the vocabulary, or []."""
+    if which is None:
+        return []
+    if which != "vocabulary":
+        return read_prompts(Path(which), "--retain-prompts", "prompt")
+    # Whole words alone: CLIP's tokens end with </w> where a word ends; shorter ones are syllables.
+    words = sorted(re.findall(r"^([a-z]{3,})</w>$", "\n".join(tokenizer.get_vocab()), re.MULTILINE))
+    g = common.generator(seed, "retain_prompts", 0)
+    return [words[i] for i in torch.randperm(len(words), generator=g)[:256].tolist()]
 
 
 def object_pairs(target, anchor, lines, emoji, one_anchor):
@@ -543,8 +639,17 @@ def parse_args(argv=None):
     help_text = "what D is shown: x0_hat, or x_{t-stride} (the paper: xprev with stride 1)"
     add("--disc-input", choices=("x0", "xprev"), default="x0", help=help_text)
     add("--stride", type=int, default=1, help="of --disc-input xprev, in timesteps")
-    help_text = "Table 3: no retention, adding G_r (L2), or Eq. 10 (concept-preserving gradient)"
-    add("--retain", choices=("none", "l2", "cp"), default="cp", help=help_text)
+    help_text = "Table 3: no retention, adding G_r (L2), or Eq. 10 (concept-preserving gradient); "
+    help_text += "distill: the original model's predictions are retained"
+    add("--retain", choices=("none", "l2", "cp", "distill"), default="cp", help=help_text)
+    help_text = "of --retain distill: length of the retain gradient, of the unlearning gradient's"
+    add("--retain-weight", type=float, default=1.0, help=help_text)
+    help_text = "of distill and --null-space, beside the anchor: prompts to be retained, one per "
+    help_text += "line of a file; vocabulary: words of the tokenizer"
+    add("--retain-prompts", metavar="FILE|vocabulary", help=help_text)
+    help_text = "fraction in (0, 1] of the energy of the embeddings of the prompts to be retained "
+    help_text += "whose keys and values stay as they are"
+    add("--null-space", type=float, metavar="ENERGY", help=help_text)
     help_text = "what Eq. 10 is applied to: the gradient, as in the paper, or AdamW's step"
     add("--project", choices=("gradient", "step"), default="gradient", help=help_text)
     common.add_run_arguments(parser, "runs/doco-TARGET")
@@ -595,6 +700,20 @@ def check_flags(args):
         fail(f"--lam {args.lam:g} goes with --retain cp, not with --retain {args.retain}")
     if args.project == "step" and args.retain != "cp":
         fail(f"--project step goes with --retain cp, not with --retain {args.retain}")
+    if args.retain_weight != 1 and args.retain != "distill":
+        fail(f"--retain-weight {args.retain_weight:g} goes with --retain distill")
+    if not args.retain_weight > 0:
+        fail(f"--retain-weight {args.retain_weight:g}: expected a positive number")
+    if args.retain_prompts and args.retain != "distill" and args.null_space is None:
+        # The noise of an anchor image is no target for another prompt.
+        fail("--retain-prompts goes with --retain distill or --null-space")
+    if args.null_space is not None and not 0 < args.null_space <= 1:
+        fail(f"--null-space {args.null_space:g}: expected a fraction in (0, 1]")
+    if args.null_space is not None and args.train_method != "kv":
+        fail("--null-space goes with --train-method kv: only keys and values see embeddings alone")
+    if args.retain_prompts == "vocabulary" and args.init:
+        # The original model knows the earlier run's concepts, and they are in the vocabulary.
+        fail("--retain-prompts vocabulary would bring back what --init unlearned; give a file")
     if args.init and not (args.init / "delta.safetensors").is_file():
         fail(f"--init {args.init}: no delta.safetensors there; expected a finished run's folder")
 
@@ -632,12 +751,14 @@ def unlearn(args):
     check_coverage(pairs, images["num_images"], len(args.target), warn=processes.rank == 0)
 
     # Each prompt is encoded once; then the text encoder leaves the memory.
-    prompts = ["", *(anchor for anchor, _ in pairs), *(t for _, ts in pairs for t in ts)]
+    retained = read_retain_prompts(args.retain_prompts, backbone.pipe.tokenizer, args.seed)
+    prompts = ["", *(anchor for anchor, _ in pairs), *(t for _, ts in pairs for t in ts), *retained]
     conditions = backbone.encode_prompts(dict.fromkeys(prompts), processes.device)
     backbone.to(processes.device)
 
     # A run is resumed only with the settings it began with, and the same contents behind them.
     contents = {"--model": backbone.fingerprint(), "--prompts": common.fingerprint(pairs)}
+    contents |= {"--retain-prompts": common.fingerprint(retained)} if retained else {}
     if args.init:
         contents["--init"] = common.fingerprint(args.init / "delta.safetensors")
     common.record_settings(run, args, contents, processes)
@@ -653,6 +774,9 @@ def unlearn(args):
 
     latents = anchor_latents(backbone, conditions, pairs, images, args, contents, run, processes)
     backbone.pipe = None  # the VAE leaves the memory; the UNet stays
+    if args.retain_prompts == "vocabulary":
+        first = pairs[: len(args.target)]  # each target's first pair
+        retained = drop_names(backbone, retained, first, latents[:4], conditions, processes.rank)
 
     # What is trained. The rest of the UNet needs no gradient.
     pattern = re.compile(TRAINABLE[args.train_method])
@@ -663,7 +787,7 @@ def unlearn(args):
         backbone.net.enable_gradient_checkpointing()
     if args.compile:
         backbone.net.compile()
-    train(backbone, trained, latents, pairs, conditions, args, run, processes)
+    train(backbone, trained, latents, pairs, retained, conditions, args, run, processes)
 
     # Only the trained tensors, under their UNet names: plain diffusers loads them.
     if processes.rank == 0:
@@ -706,6 +830,35 @@ def anchor_latents(backbone, conditions, pairs, images, args, contents, run, pro
     if processes.rank == 0:
         common.atomic_save(cache, {"latents": latents}, metadata={"key": key})
     return latents
+
+
+@torch.no_grad()
+def drop_names(backbone, prompts, pairs, x0, conditions, rank=0):
+    """The prompts without those that name a target, as the original model understands them.
+
+    Such a prompt must not be retained: it would hold what is to be unlearned. It is one for which
+    the prediction, at noisy anchor images, is at less than half the anchor's distance from the
+    target's. (emoji/sd, panda: synonyms and nicknames are below a quarter of it, other words above
+    0.8.) pairs: (anchor prompt, [target prompts]) of each target. x0: latents (4, 4, h, w).
+    """
+    t = torch.tensor([600, 750, 900, 980], device=x0.device)  # where prompts matter most
+    noise = torch.randn(x0.shape, generator=common.generator(0, "retain_prompts", 1))
+    xt = add_noise(x0, noise.to(x0.device), backbone.alpha_bar[t].view(-1, 1, 1, 1))
+
+    def predict(prompt):
+        """M_init's prediction (4, 4, h, w)."""
+        return backbone.predict(xt, t, expand_condition(conditions[prompt], len(xt)))
+
+    of_pairs = [(predict(anchor), predict(targets[0])) for anchor, targets in pairs]
+    names = []
+    for prompt in tqdm(prompts, "comparing words with the target", disable=rank > 0):
+        eps = predict(prompt)
+        for eps_anchor, eps_target in of_pairs:
+            if (eps - eps_target).norm() < 0.5 * (eps_anchor - eps_target).norm():
+                names.append(prompt)
+    if rank == 0 and names:
+        tqdm.write(f"not retained, as the model takes them for a target: {', '.join(names)}")
+    return [prompt for prompt in prompts if prompt not in names]
 
 
 def finish(args, run, processes):

@@ -37,6 +37,10 @@ Run it (the first line needs nothing but this repository; it uses the small mode
 
 Added: images forgotten earlier take part in later steps; for small models, a falling learning rate
 and stratified timesteps. What the paper leaves open, and its errata: docs/instance.md.
+
+Beyond the paper, --remember-loss distill: L_r = |M_init(x_t^r, t) - M(x_t^r, t)|^2, the original
+model's prediction in place of the noise. The noise of Eq. 8 is right on average alone: g_r varies
+around 0 even before anything is forgotten, and moves the weights. The distilled g_r is 0 there.
 """
 
 import argparse
@@ -65,6 +69,7 @@ from backbones import (
     prediction_target,
 )
 from common import fail
+from doco import swap_weights
 from gradsurgery import flat_grad, forget_only, pcgrad, write_grad
 
 # ---- 1. the method: pure functions of tensors ---------------------------------------------------
@@ -138,16 +143,21 @@ def instance_step(
     lam_t,  # (B,), lambda(t) of Eq. 12
     prediction_type="epsilon",  # or "v_prediction", "flow": what M predicts
     surgery="forget",  # a key of SURGERY
+    predict_original=None,  # M_init, of the signature of M: L_r is distilled from it
 ):
     """One step of Algorithm 1. Returns (g (n,), 0-dim statistics); changes no weight.
 
     Two forward and two backward passes for one image to forget; one of each more for every further
-    entry of forget. The last entry is the one that loss_f of the statistics reports.
+    entry of forget, and a forward pass of M_init if it is given. The last entry of forget is the
+    one that loss_f of the statistics reports.
     """
     # Eq. 8 and 12: g_r. flat_grad frees this graph before the next one is built, so that the memory
     # holds one of them, never both.
     xt_r = a * x_r + b * noise  # (B, C, h, w), Eq. 1
     target_r = prediction_target(prediction_type, x_r, noise, a, b)  # (B, C, h, w)
+    if predict_original is not None:  # "distill": the original model, not the noise, is the target
+        with torch.no_grad():
+            target_r = predict_original(xt_r, t)  # (B, C, h, w)
     error_r = mse_per_sample(predict(xt_r, t), target_r)  # (B,)
     g_r = flat_grad((lam_t * error_r).mean(), params)  # (n,)
 
@@ -178,6 +188,9 @@ def train(backbone, trained, x_f, x_s, remember_batch, n_remember, condition, ar
     condition: the prompt's, of one row. Resumes a run that has a checkpoint.
     """
     params = list(trained.values())
+    # All that M_init costs. A LoRA begins with B = 0: its originals are the network without it.
+    is_distilled = args.remember_loss == "distill"
+    originals = [p.detach().clone() for p in params] if is_distilled else None
     # The paper names no optimizer. This is Adam: AdamW without weight decay.
     optimizer = torch.optim.AdamW(params, lr=args.lr, weight_decay=0, fused=True)
     # All that a checkpoint holds: no RNG state, for all randomness derives from (seed, step).
@@ -187,6 +200,13 @@ def train(backbone, trained, x_f, x_s, remember_batch, n_remember, condition, ar
     def predict(xt, t):
         """M, conditioned on the prompt of the images to forget."""
         return backbone.predict(xt, t, condition)
+
+    def predict_original(xt, t):
+        """M_init: the same network, with its original weights for this one pass."""
+        swap_weights(params, originals)
+        prediction = predict(xt, t)
+        swap_weights(params, originals)
+        return prediction
 
     total = args.steps * len(x_f)  # the outer loop of Algorithm 1 is over the images
     recent = []  # statistics of the steps since the last logging step, still on the device
@@ -216,6 +236,7 @@ def train(backbone, trained, x_f, x_s, remember_batch, n_remember, condition, ar
                 lambda_t(t, args.beta, args.constant_lambda),
                 backbone.prediction_type,
                 args.surgery,
+                predict_original if is_distilled else None,
             )
 
             # Algorithm 1, line 21. A learning rate that falls to 0 for each image is not in it: at
@@ -315,7 +336,7 @@ def make_surrogate(kind, x, k, backbone, sample, timesteps, condition, args):
 
 # ---- 4. the remember set ------------------------------------------------------------------------
 # Images of a data set, or samples of the model itself. No image to forget may be among them: it
-# would be learned and unlearned at once.
+# would be learned and unlearned at once. With --remember-loss distill, plain noise will do as well.
 
 
 def drop_near_duplicates(samples, x_f, reference, floor=0):
@@ -393,12 +414,15 @@ def generate_samples(sample, timesteps, condition, n, shape, purpose, seed, proc
 
 
 def generated_remember_set(sample, x_f, conditions, timesteps, args, contents, run, processes):
-    """Samples for --remember generated, (N, C, h, w), without near-duplicates of x_f.
+    """Samples for --remember generated, (N, C, h, w), without near-duplicates of x_f; or noise.
 
     conditions: {prompt: condition}; the model takes a prompt if they are not empty. A cache in OUT
     serves a run that is resumed.
     """
     n, shape = args.num_remember, x_f.shape[1:]
+    if args.remember == "noise":
+        g = common.generator(args.seed, "samples", 0)
+        return torch.randn(n, *shape, generator=g).to(processes.device)
     takes_prompt = bool(conditions[""])
     cache = run.out / "remember.safetensors"
     key = common.fingerprint(contents["--model"], args.prompt, args.seed, n, shape, timesteps)
@@ -442,6 +466,7 @@ SMALL_REMEDIES = {"lr_scheduler": "linear", "timestep_sampling": "stratified"}
 EMOJI_DDPM = common.REPO / "emoji/ddpm"
 EMOJI_FORGET = common.REPO / "emoji/creatures/twemoji-cowboy-hat-face.png"
 EMOJI_REMEMBER = common.REPO / "emoji/creatures"
+GENERATED = ("generated", "noise")  # values of --remember that are no folder
 
 
 def parse_args(argv=None):
@@ -458,8 +483,8 @@ def parse_args(argv=None):
     help_text = "of --surrogate noise: standard deviation, of 255"
     add("--noise-sigma", type=float, default=150.0, help=help_text)
     add("--surrogate-prompt", help="prompt of --surrogate sdedit (without it: --prompt)")
-    help_text = "folder of images, or generated (without it: generated; emoji/ddpm: its own)"
-    add("--remember", metavar="FOLDER|generated", help=help_text)
+    help_text = "folder of images, generated or noise (without it: generated; emoji/ddpm: its own)"
+    add("--remember", metavar="FOLDER|KIND", help=help_text)
     add("--num-remember", type=int, default=100, help="how many to generate")
 
     add = parser.add_argument_group("model").add_argument
@@ -482,6 +507,8 @@ def parse_args(argv=None):
     add("--beta", type=float, help="Eq. 12: lambda = 1 - beta t (5e-5, LoRA 2e-4; the same)")
     help_text = "Table III: the same lambda at every timestep, in place of --beta"
     add("--constant-lambda", type=float, help=help_text)
+    help_text = "what M learns at images to remember: their noise (Eq. 8), or M_init's prediction"
+    add("--remember-loss", choices=("noise", "distill"), default="noise", help=help_text)
     help_text = "Table IV: which gradient is projected: none, g_f (Eq. 13), or both (PCGrad)"
     add("--surgery", choices=SURGERY, default="forget", help=help_text)
     common.add_run_arguments(parser, "runs/instance-IMAGE")
@@ -511,12 +538,14 @@ def check_flags(args):
         "--strength": args.strength != 0.7 and "sdedit" not in args.surrogate,
         "--surrogate-prompt": args.surrogate_prompt and "sdedit" not in args.surrogate,
         "--noise-sigma": args.noise_sigma != 150 and "noise" not in args.surrogate,
-        "--num-remember": args.num_remember != 100 and args.remember != "generated",
+        "--num-remember": args.num_remember != 100 and args.remember not in GENERATED,
         "--beta": args.beta is not None and args.constant_lambda is not None,
     }
     for flag, is_unused in unused.items():
         if is_unused:
             fail(f"{flag} has no effect with these flags; --help says what it belongs to")
+    if args.remember == "noise" and args.remember_loss != "distill":
+        fail("--remember noise goes with --remember-loss distill: noise is nothing to learn from")
     # 0 would leave the image as it is: nothing to learn.
     if not 0 < args.strength <= 1:
         fail(f"--strength {args.strength}: expected a number in (0, 1]")
@@ -587,7 +616,7 @@ def unlearn(args):
     # A data set is compared with the images to forget here, and read again in each step.
     images = [common.read_exact(f, size, "--forget") for f in args.forget]
     pixels_f = torch.stack(images)  # (K, 3, size, size)
-    files = [] if args.remember == "generated" else remember_files(args, pixels_f)
+    files = [] if args.remember in GENERATED else remember_files(args, pixels_f)
 
     # Each prompt is encoded once; then the text encoders leave the memory.
     conditions = backbone.encode_prompts(prompts, processes.device)
@@ -649,7 +678,7 @@ def remember_files(args, pixels_f):
     if not files:
         fail(
             f"--remember {args.remember}: no images there; "
-            f"expected a folder of png, jpg or webp files, or generated"
+            f"expected a folder of png, jpg or webp files, generated or noise"
         )
     files = drop_forget_files(files, pixels_f, args.resolution)
     if not files:
@@ -738,7 +767,7 @@ def preset_line(args, backbone):
         f"{'small-model' if backbone.small else 'paper'} preset for {type(backbone).__name__}: "
         f"{args.steps} steps per image, batch {args.batch_size}, lr {args.lr:g} "
         f"{args.lr_scheduler}, {args.timestep_sampling} timesteps, {weight}, "
-        f"surgery {args.surgery}"
+        f"surgery {args.surgery}, remember loss {args.remember_loss}"
     )
 
 
@@ -774,7 +803,7 @@ def main():
     flags = ["--seed", args.seed, "--forget", *args.forget]
     flags += ["--prompt", args.prompt] if args.prompt else []
     # Real images for FID_real, if there are some.
-    has_real = args.remember != "generated" and len(common.list_images(args.remember)) > 1
+    has_real = args.remember not in GENERATED and len(common.list_images(args.remember)) > 1
     flags += ["--real", args.remember] if has_real else []
     flags += ["--resolution", args.resolution] if args.resolution else []
     return common.evaluate_run("instance", args.model, out, *flags)
