@@ -74,11 +74,11 @@ def make_problem(module, seed, stride=20):
         disc[-1].weight.mul_(5)  # an untrained D gives all patches about the same logit
     alpha_bar = DDPMScheduler(**SCHEDULE).alphas_cumprod.double()
     x0, noise, posterior_noise, x0_r, noise_r = torch.randn(5, 3, 4, 16, 16).double()
-    anchor, target, anchor_r = torch.randn(3, 3, 3, 8).double()
+    anchor, target, retained = torch.randn(3, 3, 3, 8).double()
     t = torch.tensor([stride - 1, stride, 700])  # x_{t-stride}: x_0 itself, timestep 0, usual
     t_r = torch.tensor([30, 400, 990])
     batch_f = module.ForgetBatch(x0, noise, t, anchor, target, posterior_noise)
-    batch_r = module.RetainBatch(x0_r, noise_r, t_r, anchor_r)
+    batch_r = module.RetainBatch(x0_r, noise_r, t_r, retained, torch.cat([anchor, retained]))
     return Problem(net, original, disc, params, alpha_bar, batch_f, batch_r)
 
 
@@ -112,7 +112,7 @@ def shown_to_d(problem, b, xt, eps, disc_input, stride):
     return mean_x0 + mean_xt + sigma * problem.batch_f.posterior_noise[b]
 
 
-def recompute(problem, lam, disc_input, stride, retain, project, train_model):
+def recompute(problem, lam, disc_input, stride, retain, retain_weight, project, train_model):
     """G, G_r, the gradient of D, G_u . G_r and all statistics, by a loop over the samples."""
     net, original, disc, params, alpha_bar, batch_f, batch_r = problem
     loss_u, loss_d, loss_r, hits = 0, 0, 0, []
@@ -133,8 +133,12 @@ def recompute(problem, lam, disc_input, stride, retain, project, train_model):
 
         a_r = alpha_bar[batch_r.t[b]]
         xt_r = a_r.sqrt() * batch_r.x0[b] + (1 - a_r).sqrt() * batch_r.noise[b]
-        eps_r = net(xt_r[None], batch_r.t[one], batch_r.anchor[one])[0]
-        loss_r = loss_r + (batch_r.noise[b] - eps_r).square().mean() / 3  # Eq. 9
+        eps_r = net(xt_r[None], batch_r.t[one], batch_r.retained[one])[0]
+        aim = batch_r.noise[b]  # Eq. 9
+        if retain == "distill":
+            with torch.no_grad():
+                aim = original(xt_r[None], batch_r.t[one], batch_r.retained[one])[0]
+        loss_r = loss_r + (aim - eps_r).square().mean() / 3
 
     g_d = flat(torch.autograd.grad(loss_d, disc.parameters()))
     g_u = flat(torch.autograd.grad(loss_u, params))
@@ -143,8 +147,10 @@ def recompute(problem, lam, disc_input, stride, retain, project, train_model):
     g = g_u
     if retain == "l2":
         g = g_u + g_r
-    if retain == "cp" and project == "gradient" and dot < 0:
+    if retain in ("cp", "distill") and project == "gradient" and dot < 0:
         g = g_u - lam * dot / (g_r @ g_r) * g_r  # Eq. 10
+    if retain == "distill":
+        g = g + retain_weight * g.norm() * g_r / g_r.norm()  # both of one length
 
     stats = {"loss_d": loss_d, "disc_acc": sum(hits) / 6}
     if train_model:
@@ -153,6 +159,7 @@ def recompute(problem, lam, disc_input, stride, retain, project, train_model):
         norm_f, norm_r = g_u.norm(), g_r.norm()
         stats |= {"loss_r": loss_r, "norm_f": norm_f, "norm_r": norm_r}
         stats |= {"cos": dot / (norm_f * norm_r), "conflict": float(dot < 0)}
+        stats["share_r"] = (g - g_u).norm() / g.norm()
     return g, g_r, g_d, dot, {name: torch.as_tensor(v).detach() for name, v in stats.items()}
 
 
@@ -174,7 +181,7 @@ def check_step(module, seed=CONFLICT, stride=20, **switches):
     disc.register_forward_pre_hook(lambda _, inputs: inputs_of_d.append(inputs[0]))
     before = flat([*net.parameters(), *original.parameters(), *disc.parameters()])
     used = {"lam": 1.0, "disc_input": "x0", "retain": "cp", "project": "gradient"}
-    used |= {"train_model": True, "stride": stride} | switches
+    used |= {"train_model": True, "stride": stride, "retain_weight": 1.0} | switches
     retained = used["train_model"] and used["retain"] != "none"
     update = module.doco_step(
         predict,
@@ -188,9 +195,9 @@ def check_step(module, seed=CONFLICT, stride=20, **switches):
     )
 
     # The order of the passes is the memory: L_r's graph is freed before the next one is built. No
-    # graph of M_init, which is M with other weights in it; none of M in the warm-up.
-    wanted = [("M", True)] if retained else []
-    wanted += [("M_init", False), ("M", used["train_model"])]
+    # graph of M_init, which is M with other weights in it; none of M in the warm-up. M_init runs
+    # once, also where it has two things to say.
+    wanted = [("M_init", False), *[("M", True)] * retained, ("M", used["train_model"])]
     assert passes == wanted, f"passes: {passes}"
     of_d_half = inputs_of_d[-2:]
     assert len(inputs_of_d) == 2 + used["train_model"], "passes of D"
@@ -265,6 +272,12 @@ STEP_SWITCHES = {
     "lambda 0": {"lam": 0.0},
     "no retention": {"retain": "none"},
     "l2": {"retain": "l2"},
+    "distill": {"retain": "distill"},
+    "distill, agreement": {"retain": "distill", "seed": AGREEMENT},
+    "distill, lambda 0.5, weight 0.3": {"retain": "distill", "lam": 0.5, "retain_weight": 0.3},
+    "distill, x_{t-20}": {"retain": "distill", "disc_input": "xprev"},
+    "distill, warm-up": {"retain": "distill", "train_model": False},
+    "distill, project the step": {"retain": "distill", "project": "step"},
     "x_{t-20}": {"disc_input": "xprev"},
     "x_{t-1}": {"disc_input": "xprev", "stride": 1},
     "x_{t-650}": {"disc_input": "xprev", "stride": 650},
@@ -290,6 +303,8 @@ def test_step_by_hand(name):
 def test_there_is_a_conflict_and_an_agreement():
     """Otherwise the two cases of Eq. 10 would not be told apart above."""
     assert check_step(doco) < 0 < check_step(doco, seed=AGREEMENT)
+    conflict = check_step(doco, retain="distill")
+    assert conflict < 0 < check_step(doco, retain="distill", seed=AGREEMENT)
 
 
 @pytest.mark.parametrize("name", OPTIMIZER_SWITCHES)
@@ -321,7 +336,7 @@ def test_a_batch_repeated_is_the_same_step():
     twice = doco.doco_step(
         *networks,
         doco.ForgetBatch(*(torch.cat([x, x]) for x in batch_f)),
-        doco.RetainBatch(*(torch.cat([x, x]) for x in batch_r)),
+        doco.RetainBatch(*(torch.cat([x, x]) for x in batch_r[:4])),
     )
     close(twice.g, once.g, "gradient of M")
     close(twice.g_d, once.g_d, "gradient of D")
@@ -414,7 +429,7 @@ def gradients_of_four(rows):
     net, original, disc, params, alpha_bar, batch_f, batch_r = make_problem(doco, CONFLICT)
     four = [0, 1, 2, 2]  # the last sample twice
     batch_f = doco.ForgetBatch(*(x[four][rows] for x in batch_f))
-    batch_r = doco.RetainBatch(*(x[four][rows] for x in batch_r))
+    batch_r = doco.RetainBatch(*(x[four][rows] for x in batch_r[:4]))
     update = doco.doco_step(net, original, disc, params, alpha_bar, batch_f, batch_r)
     return update.g, update.g_d
 
@@ -510,13 +525,75 @@ MUTANTS = {
     ),
     "retention in the warm-up": (
         "warm-up",
-        'if train_model and retain != "none":',
-        'if retain != "none":',
+        'retaining = train_model and retain != "none"',
+        'retaining = retain != "none"',
     ),
     "retention in the ablation without": (
         "no retention",
-        'if train_model and retain != "none":',
-        "if train_model:",
+        'retaining = train_model and retain != "none"',
+        "retaining = train_model",
+    ),
+    "distill is cp": ("distill", 'if retaining and retain == "distill":', "if False:"),
+    "distill aims at the noise": (
+        "distill",
+        "            eps_anchor, target_r = eps_both.chunk(2)",
+        "            eps_anchor, target_r = eps_both.chunk(2)[0], batch_r.noise",
+    ),
+    "distill changes anchor and target": (
+        "distill",
+        "eps_anchor, target_r = eps_both.chunk(2)",
+        "target_r, eps_anchor = eps_both.chunk(2)",
+    ),
+    "distill at the forget batch": (
+        "distill",
+        "torch.cat([xt, xt_r])",
+        "torch.cat([xt, xt])",
+    ),
+    "distill at the other timesteps": (
+        "distill",
+        "torch.cat([batch_f.t, batch_r.t])",
+        "torch.cat([batch_f.t, batch_f.t])",
+    ),
+    "distill from M": (
+        "distill",
+        "eps_both = predict_original(",
+        "eps_both = predict(",
+    ),
+    "cp is distilled": (
+        "paper",
+        "            target_r = batch_r.noise if retaining else None",
+        "            target_r = predict_original(xt_r, batch_r.t, batch_r.retained)",
+    ),
+    "distill adds nothing": ("distill", '    if retain == "distill":', "    if False:"),
+    "distill adds to G_u": (
+        "distill",
+        "normalized_sum(g, g_r, retain_weight)",
+        "normalized_sum(g_u, g_r, retain_weight)",
+    ),
+    "distill at one weight": (
+        "distill, lambda 0.5, weight 0.3",
+        "normalized_sum(g, g_r, retain_weight)",
+        "normalized_sum(g, g_r)",
+    ),
+    "distill changes the gradients": (
+        "distill, lambda 0.5, weight 0.3",
+        "normalized_sum(g, g_r, retain_weight)",
+        "normalized_sum(g_r, g, retain_weight)",
+    ),
+    "distill climbs": (
+        "distill",
+        "normalized_sum(g, g_r, retain_weight)",
+        "normalized_sum(g, g_r, -retain_weight)",
+    ),
+    "the share is that of G_r": (
+        "distill",
+        "(g - g_u).norm() / g.norm()",
+        "g_r.norm() / g.norm()",
+    ),
+    "distill's weight is not passed on": (
+        "distill, lambda 0.5, weight 0.3",
+        "combine_gradients(g_u, g_r, retain, lam, retain_weight, project)",
+        "combine_gradients(g_u, g_r, retain, lam, 1.0, project)",
     ),
     "L_r has the other images": (
         "paper",
@@ -535,28 +612,28 @@ MUTANTS = {
     ),
     "L_r is told the other timestep": (
         "paper",
-        "predict(xt_r, batch_r.t, batch_r.anchor)",
-        "predict(xt_r, batch_f.t, batch_r.anchor)",
+        "predict(xt_r, batch_r.t, batch_r.retained)",
+        "predict(xt_r, batch_f.t, batch_r.retained)",
     ),
     "L_r has the other anchor prompts": (
         "paper",
-        "predict(xt_r, batch_r.t, batch_r.anchor)",
+        "predict(xt_r, batch_r.t, batch_r.retained)",
         "predict(xt_r, batch_r.t, batch_f.anchor)",
     ),
     "L_r has the target's prompts": (
         "paper",
-        "predict(xt_r, batch_r.t, batch_r.anchor)",
+        "predict(xt_r, batch_r.t, batch_r.retained)",
         "predict(xt_r, batch_r.t, batch_f.target)",
     ),
     "L_r aims at the other noise": (
         "paper",
-        "F.mse_loss(eps_r, batch_r.noise)",
-        "F.mse_loss(eps_r, batch_f.noise)",
+        "target_r = batch_r.noise if",
+        "target_r = batch_f.noise if",
     ),
     "L_r aims at the image": (
         "paper",
-        "F.mse_loss(eps_r, batch_r.noise)",
-        "F.mse_loss(eps_r, batch_r.x0)",
+        "target_r = batch_r.noise if",
+        "target_r = batch_r.x0 if",
     ),
     "L_r is M_init's": (
         "paper",
@@ -565,8 +642,8 @@ MUTANTS = {
     ),
     "L_r is a sum": (
         "paper",
-        "F.mse_loss(eps_r, batch_r.noise)",
-        'F.mse_loss(eps_r, batch_r.noise, reduction="sum")',
+        "F.mse_loss(eps_r, target_r)",
+        'F.mse_loss(eps_r, target_r, reduction="sum")',
     ),
     "G_r is negative": (
         "paper",
@@ -676,20 +753,28 @@ MUTANTS = {
     ),
     "agreement is taken for conflict": (
         "agreement",
-        "projected, surgery = lambda_projection(g_u, g_r, lam)",
-        "projected, surgery = lambda_projection(g_u, -g_r, lam)",
+        "projected, stats = lambda_projection(g_u, g_r, lam)",
+        "projected, stats = lambda_projection(g_u, -g_r, lam)",
     ),
-    "no Eq. 10": ("paper", 'elif project == "gradient":', "elif False:"),
-    "Eq. 10 and its step": ("project the step", 'elif project == "gradient":', "else:"),
+    "no Eq. 10": ("paper", 'projected if project == "gradient" else g_u', "g_u"),
+    "Eq. 10 and its step": (
+        "project the step",
+        'projected if project == "gradient" else g_u',
+        "projected",
+    ),
     "cp adds G_r": (
         "paper",
-        "                g = projected\n",
-        "                g = projected + g_r\n",
+        'g = projected if project == "gradient" else g_u',
+        "g = projected + g_r",
     ),
     "l2 climbs the retain loss": ("l2", "g = g_u + g_r", "g = g_u - g_r"),
     "l2 adds to the projected gradient": ("l2", "g = g_u + g_r", "g = projected + g_r"),
     "l2 is cp": ("l2", 'if retain == "l2":', "if False:"),
-    "the norm before the projection": ("paper", "= g.norm()", "= g_u.norm()"),
+    "the norm before the projection": (
+        "paper",
+        'stats["norm_g"] = g.norm()',
+        'stats["norm_g"] = g_u.norm()',
+    ),
     "D's half holds a graph of M": ("paper", "disc(view_target.detach())", "disc(view_target)"),
     "D climbs": (
         "warm-up",
@@ -791,7 +876,7 @@ def assert_caught(check, module, switches):
 
 def test_section_1_alone_passes():
     """Or every mutant would be caught for a missing import."""
-    same = mutant_of("# Eq. 5: two predictions", "# Eq. 5: two predictions")
+    same = mutant_of("# Eq. 8, D's half", "# Eq. 8, D's half")
     check_step(same)
     check_optimizer_step(same)
 

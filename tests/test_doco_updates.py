@@ -54,6 +54,8 @@ STYLE_PAIRS = [
         ],
     )
 ]
+RETAINED = ["a black cat", "one tree", "a yellow submarine"]
+WITH_PROMPTS = ["--retain-prompts", "RETAINED", "--retain-weight", "0.4"]
 OF_CATS = ["--target", "Grumpy Cat", "--anchor", "Cat"]
 OF_BOTH = ["--target", "Tom", "Snoopy", "--anchor", "cat", "dog"]
 OF_STYLE = ["--target", "Van Gogh", "--anchor", "painting", "--concept-type", "style"]
@@ -79,8 +81,20 @@ SWITCHES = {
     "two targets": (BOTH, BOTH_PAIRS, OF_BOTH),
     "style": (STYLE, STYLE_PAIRS, OF_STYLE),
     "init": (CATS, CATS_PAIRS, [*OF_CATS, "--init", "EARLIER"]),
+    # From an earlier run: where M is still M_init, G_r of a distillation is 0.
+    "distill": (CATS, CATS_PAIRS, [*OF_CATS, "--init", "EARLIER", "--retain", "distill"]),
+    "distill, prompts": (
+        *(CATS, CATS_PAIRS),
+        [*OF_CATS, "--init", "EARLIER", "--retain", "distill", *WITH_PROMPTS],
+    ),
+    "null space": (CATS, CATS_PAIRS, [*OF_CATS, "--null-space", "0.7"]),
+    "null space, prompts, init": (
+        *(CATS, CATS_PAIRS),
+        [*OF_CATS, "--init", "EARLIER", "--null-space", "0.99", "--retain-prompts", "RETAINED"],
+    ),
 }
 QUICK = ("paper", "x_{t-20}, project the step, lambda 0.5", "two targets", "style", "init")
+QUICK += ("distill, prompts", "null space, prompts, init")
 
 
 # ---- runs ---------------------------------------------------------------------------------------
@@ -109,6 +123,9 @@ def recorded(train, tiny, tmp_path, monkeypatch):
         text, _, flags = SWITCHES[switch]
         if "EARLIER" in flags:
             flags = [earlier_run(tiny, tmp_path) if f == "EARLIER" else f for f in flags]
+        if "RETAINED" in flags:
+            (tmp_path / "retained.txt").write_text("\n".join(RETAINED))
+            flags = [tmp_path / "retained.txt" if f == "RETAINED" else f for f in flags]
         records, write_grad = [], module.write_grad
 
         def record(params, grad):
@@ -196,7 +213,9 @@ class Recomputation:
         pipe = StableDiffusionPipeline.from_pretrained(tiny, dtype=torch.float32)
         pipe.set_progress_bar_config(disable=True)
         self.pairs, self.args = pairs, args
+        self.retained = RETAINED if args.retain_prompts else []
         prompts = {p for anchor, targets in pairs for p in (anchor, *targets)}
+        prompts |= {"", *self.retained}
         with torch.no_grad():
             encode = pipe.encode_prompt
             self.embeddings = {p: encode(p, "cpu", 1, False)[0] for p in prompts}
@@ -215,6 +234,8 @@ class Recomputation:
         idx, idx_r = torch.randint(N_IMAGES, (2, BATCH), generator=g)
         t, t_r = torch.randint(1000, (2, BATCH), generator=g)
         noise, noise_r, posterior_noise = torch.randn(3, BATCH, 4, 16, 16, generator=g)
+        if self.retained:
+            picks = torch.randint(len(self.retained), (BATCH,), generator=g)
         losses = {"u": 0, "r": 0, "d": 0}
         for b in range(BATCH):
             anchor, targets = self.pairs[idx[b] % len(self.pairs)]
@@ -235,9 +256,15 @@ class Recomputation:
 
             a_r = self.a_bar[t_r[b]]
             x_r = a_r.sqrt() * self.latents[idx_r[b]] + (1 - a_r).sqrt() * noise_r[b]
-            anchor_r = self.pairs[idx_r[b] % len(self.pairs)][0]
-            eps_r = self.net(x_r[None], t_r[b], self.embeddings[anchor_r]).sample[0]
-            losses["r"] += (noise_r[b] - eps_r).square().mean() / BATCH  # Eq. 9
+            prompt_r = self.pairs[idx_r[b] % len(self.pairs)][0]
+            if self.retained and (step + b) % 4 > 0:
+                prompt_r = self.retained[picks[b]]
+            eps_r = self.net(x_r[None], t_r[b], self.embeddings[prompt_r]).sample[0]
+            aim = noise_r[b]  # Eq. 9
+            if self.args.retain == "distill":
+                with torch.no_grad():
+                    aim = self.original(x_r[None], t_r[b], self.embeddings[prompt_r]).sample[0]
+            losses["r"] += (aim - eps_r).square().mean() / BATCH
         weights = {"u": self.trained.values(), "r": self.trained.values()}
         weights["d"] = self.disc.parameters()
         gradients = {k: flat(torch.autograd.grad(losses[k], list(weights[k]))) for k in losses}
@@ -249,9 +276,30 @@ class Recomputation:
         dot = g_u @ g_r
         if self.args.retain == "l2":
             return g_u + g_r
-        if self.args.retain == "cp" and self.args.project == "gradient" and dot < 0:
-            return g_u - self.args.lam * dot / (g_r @ g_r) * g_r  # Eq. 10
-        return g_u
+        g = g_u
+        if self.args.retain != "none" and self.args.project == "gradient" and dot < 0:
+            g = g_u - self.args.lam * dot / (g_r @ g_r) * g_r  # Eq. 10
+        if self.args.retain == "distill":
+            g = g + self.args.retain_weight * g.norm() / g_r.norm() * g_r
+        return g
+
+    def kept(self, values, begin):
+        """Weights (n,) whose change since `begin` leaves the keys and values of prompts alone.
+
+        By least squares: the change is its own residual after a fit by the main directions.
+        """
+        prompts = {"", *(anchor for anchor, _ in self.pairs), *self.retained}
+        rows = torch.cat([self.embeddings[p][0] for p in prompts]).double()
+        _, s, v = torch.linalg.svd(rows, full_matrices=False)
+        share = s.square().cumsum(0) / s.square().sum()
+        main = v[: int((share < self.args.null_space - 1e-9).sum()) + 1].T  # (D, k)
+        result, sizes = [], [p.numel() for p in self.trained.values()]
+        parts = zip(values.split(sizes), begin.split(sizes), self.trained.values(), strict=True)
+        for value, first, p in parts:
+            change = (value - first).view_as(p).double()
+            fit = torch.linalg.lstsq(main, change.T).solution
+            result.append(first + (change - (main @ fit).T).float().reshape(-1))
+        return torch.cat(result)
 
 
 def adam_direction(gradients, beta_1):
@@ -313,6 +361,8 @@ def check_training(module, recorded, tiny, switch):
         step_m = adam
         if args.project == "step" and dot < 0:
             step_m = adam - args.lam * dot / (g_r @ g_r) * g_r  # Eq. 10, of the step
+        if args.null_space:
+            step_m = values_m[k] - other.kept(values_m[k] - step_m, begin)
         taken = values_m[k] - values_m[k + 1]
         torch.testing.assert_close(taken, step_m, rtol=0, atol=2e-4 * LR)
 
@@ -325,6 +375,8 @@ def check_training(module, recorded, tiny, switch):
         expected["cos"] = g_u @ g_r / g_u.norm() / g_r.norm()
         expected["cos_step"] = dot / adam.norm() / g_r.norm()
         expected["conflict"] = sum(conflicts) / len(conflicts)
+        g = of_m[-1][1]
+        expected["share_r"] = (g - g_u).norm() / g.norm() if args.project == "gradient" else 0
     assert len(rows) == 1 and rows[0].keys() == expected.keys() | {"disc_acc"}, rows
     for name, value in expected.items():
         close(torch.tensor(float(rows[0][name])), value, f"{name} of the log")
@@ -429,11 +481,63 @@ MUTANTS = {
         "RetainBatch(latents[idx], noise_r",
     ),
     "their noise is that of D": ("paper", "latents[idx_r], noise_r", "latents[idx_r], noise"),
-    "their noise level is that of D": ("paper", "noise_r, t_r, anchor_r)", "noise_r, t, anchor_r)"),
+    "their noise level is that of D": ("paper", "noise_r, t_r, stack", "noise_r, t, stack"),
     "their prompts are those of D": (
         "paper",
-        "noise_r, t_r, anchor_r)",
-        "noise_r, t_r, anchor)",
+        "stack_conditions(others), both)",
+        "anchor, both)",
+    ),
+    "retained prompts are not used": ("distill, prompts", "    if retained:\n", "    if False:\n"),
+    "retained prompts in every row": ("distill, prompts", "if (first + i) % 4:", "if True:"),
+    "the anchor in every fourth step": (
+        "distill, prompts",
+        "if (first + i) % 4:",
+        "if step % 4:",
+    ),
+    "always the same retained prompt": (
+        "distill, prompts",
+        "prompts_r[i] = retained[pick]",
+        "prompts_r[i] = retained[0]",
+    ),
+    "M_init gets the anchor twice": (
+        "distill, prompts",
+        "stack_conditions([*anchors, *others])",
+        "stack_conditions([*anchors, *anchors])",
+    ),
+    "the weight is not used": (
+        "distill, prompts",
+        "retain_weight=args.retain_weight",
+        "retain_weight=1.0",
+    ),
+    "no null space": (
+        "null space",
+        "                    project_update(params, before, projection)\n",
+        "                    pass\n",
+    ),
+    "the null space around the original weights": (
+        "null space, prompts, init",
+        "project_update(params, before, projection)",
+        "project_update(params, originals, projection)",
+    ),
+    "the null space without the empty prompt": (
+        "null space",
+        'dict.fromkeys(["", *(anchor',
+        "dict.fromkeys([*(anchor",
+    ),
+    "the null space without the anchor": (
+        "null space",
+        "*(anchor for anchor, _ in pairs), *retained])\n    rows",
+        "*retained])\n    rows",
+    ),
+    "the null space without the retained prompts": (
+        "null space, prompts, init",
+        "for anchor, _ in pairs), *retained])\n    rows",
+        "for anchor, _ in pairs)])\n    rows",
+    ),
+    "the null space has another energy": (
+        "null space, prompts, init",
+        "conditions, args.null_space)",
+        "conditions, 0.5 * args.null_space)",
     ),
     "images and prompts do not belong together": (
         "two targets",
@@ -442,13 +546,13 @@ MUTANTS = {
     ),
     "images and prompts of retention do not belong together": (
         "two targets",
-        "entries_r = [pairs[j % len(pairs)] for j in idx_r]",
-        "entries_r = [pairs[(j + 1) % len(pairs)] for j in idx_r]",
+        "[pairs[j % len(pairs)][0] for j in idx_r]",
+        "[pairs[(j + 1) % len(pairs)][0] for j in idx_r]",
     ),
     "the target's prompt is the anchor's": (
         "paper",
-        "for prompt in target_prompts]",
-        "for prompt, _ in entries]",
+        "targets = [conditions[variants[step % len(variants)]] for _, variants in entries]",
+        "targets = anchors",
     ),
     "the anchor's prompt is the target's": (
         "paper",
