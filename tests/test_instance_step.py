@@ -36,8 +36,9 @@ import instance_unlearn
 PREDICTION_TYPES = ("epsilon", "v_prediction", "flow")
 SURGERIES = ("none", "forget", "both")
 LAMBDAS = ("per sample", "constant")
-# prediction type, surgery, number of forget pairs, lambda
-STEPS = list(product(PREDICTION_TYPES, SURGERIES, (1, 2), LAMBDAS))
+# prediction type, surgery, number of forget pairs, lambda, whether L_r is distilled
+STEPS = list(product(PREDICTION_TYPES, SURGERIES, (1, 2), LAMBDAS, (False,)))
+STEPS += product(PREDICTION_TYPES, ("forget",), (1, 2), ("per sample",), (True,))
 
 # ---- a small problem ----------------------------------------------------------------------------
 
@@ -68,7 +69,11 @@ def make_problem(seed, prediction_type, n_pairs, lam):
     if lam == "per sample":
         lam_t = 0.1 + 0.8 * torch.rand(4).double()
     forget = list(zip(images[::2], images[1::2], strict=True))
-    return Namespace(net=net, x_r=x_r, forget=forget, noise=noise, t=t, a=a, b=b, lam_t=lam_t)
+    original = copy.deepcopy(net).requires_grad_(False)  # M has gone some way from it
+    for q in original.parameters():
+        q.add_(0.1 * torch.randn_like(q))
+    tensors = {"x_r": x_r, "noise": noise, "t": t, "a": a, "b": b, "lam_t": lam_t}
+    return Namespace(net=net, original=original, forget=forget, **tensors)
 
 
 def target_by_hand(prediction_type, xt, x0, a, b):
@@ -84,7 +89,7 @@ def flat(tensors):
     return torch.cat([x.detach().flatten() for x in tensors])
 
 
-def recompute(problem, prediction_type):
+def recompute(problem, prediction_type, distilled):
     """(g_r, g_f, loss_r, loss_f of the last pair): Eq. 1 and 8 to 12, one sample at a time."""
     p = problem
     weighted_r = weighted_f = loss_r = loss_f = 0
@@ -99,6 +104,9 @@ def recompute(problem, prediction_type):
             return (difference**2).sum() / difference.numel()
 
         error_r = error(p.x_r[i], p.x_r[i])  # Eq. 8
+        if distilled:
+            xt, t = (a * p.x_r[i] + b * p.noise[i])[None], p.t[i : i + 1]
+            error_r = (p.net(xt, t) - p.original(xt, t)).square().mean()
         weighted_r = weighted_r + lam * error_r / 4
         loss_r = loss_r + error_r.item() / 4
         errors_f = [error(x_f[i], x_s[i]) for x_f, x_s in p.forget]  # Eq. 10 and 11
@@ -122,11 +130,11 @@ def combine(g_f, g_r, surgery):
 
 
 @functools.cache
-def find_problem(conflict, prediction_type, n_pairs, lam):
+def find_problem(conflict, prediction_type, n_pairs, lam, distilled):
     """The first problem whose two gradients conflict, or agree."""
     for seed in range(100):
         problem = make_problem(seed, prediction_type, n_pairs, lam)
-        g_r, g_f, loss_r, loss_f = recompute(problem, prediction_type)
+        g_r, g_f, loss_r, loss_f = recompute(problem, prediction_type, distilled)
         cos = (g_r * g_f).sum() / g_r.norm() / g_f.norm()
         if (cos < -0.05) if conflict else (cos > 0.05):
             return problem, (g_r, g_f, loss_r, loss_f)
@@ -140,17 +148,25 @@ def close(got, expected, what):
     )
 
 
-def check_step(module, prediction_type, surgery, n_pairs, lam):
+def check_step(module, prediction_type, surgery, n_pairs, lam, distilled):
     """Compares what instance_step returns, in a conflict and without one."""
     for conflict in (True, False):
-        p, expected = find_problem(conflict, prediction_type, n_pairs, lam)
+        p, expected = find_problem(conflict, prediction_type, n_pairs, lam, distilled)
         g_r, g_f, loss_r, loss_f = expected
         net = copy.deepcopy(p.net)  # the problem is used again
         params = list(net.parameters())
         before = [q.detach().clone() for q in params]
         a, b = p.a.view(-1, 1, 1, 1), p.b.view(-1, 1, 1, 1)
         batch = (p.x_r, p.forget, p.noise, p.t, a, b, p.lam_t)
-        g, stats = module.instance_step(net, params, *batch, prediction_type, surgery)
+        graphs = []
+
+        def original(xt, t, p=p, graphs=graphs):
+            graphs.append(torch.is_grad_enabled())
+            return p.original(xt, t)
+
+        how = (prediction_type, surgery, original if distilled else None)
+        g, stats = module.instance_step(net, params, *batch, *how)
+        assert graphs == [False] * distilled, "passes of M_init"
 
         close(g, combine(g_f, g_r, surgery), "g")
         cos = (g_r * g_f).sum() / g_r.norm() / g_f.norm()
@@ -164,15 +180,25 @@ def check_step(module, prediction_type, surgery, n_pairs, lam):
         assert all(q.grad is None for q in params)
 
 
-@pytest.mark.parametrize(("prediction_type", "surgery", "n_pairs", "lam"), STEPS)
-def test_step_by_hand(prediction_type, surgery, n_pairs, lam):
-    check_step(instance_unlearn, prediction_type, surgery, n_pairs, lam)
+@pytest.mark.parametrize(("prediction_type", "surgery", "n_pairs", "lam", "distilled"), STEPS)
+def test_step_by_hand(prediction_type, surgery, n_pairs, lam, distilled):
+    check_step(instance_unlearn, prediction_type, surgery, n_pairs, lam, distilled)
+
+
+def test_distillation_has_nothing_to_say_before_anything_is_forgotten():
+    """There g is g_f alone: no noise of Eq. 8 moves the weights."""
+    p = make_problem(0, "epsilon", 1, "per sample")
+    g, stats = step(p, predict_original=copy.deepcopy(p.net))
+    assert stats["loss_r"] == 0 and stats["norm_r"] == 0 and stats["cos"] == 0
+    assert g.norm() == stats["norm_f"] > 0
+    _, of_noise = step(p)
+    assert of_noise["norm_r"] > 0
 
 
 # ---- properties of the step ---------------------------------------------------------------------
 
 
-def step(problem, forget=None, x_r=None, noise=None, lam_t=None, surgery="forget"):
+def step(problem, forget=None, x_r=None, noise=None, lam_t=None, surgery="forget", **more):
     """instance_step on a problem that predicts noise, with some inputs replaced."""
     p = problem
     return instance_unlearn.instance_step(
@@ -186,6 +212,7 @@ def step(problem, forget=None, x_r=None, noise=None, lam_t=None, surgery="forget
         p.b.view(-1, 1, 1, 1),
         p.lam_t if lam_t is None else lam_t,
         surgery=surgery,
+        **more,
     )
 
 
@@ -508,6 +535,11 @@ RUNS = {
     "sd": ("sd", ("flip", "random"), "--prompt cat --beta 5e-4"),
     "v-prediction": ("v", ("flip", "flip"), "--beta 5e-4"),
     "sd3": ("sd3", ("b.png", "random"), "--prompt cat --beta 5e-4"),
+    # M_init of a LoRA is the network without it
+    "ddpm, distill": ("ddpm", ("b.png", "random"), "--beta 9e-4 --steps 3 --remember-loss distill"),
+    "sd, distill": ("sd", ("flip", "random"), "--prompt cat --beta 5e-4 --remember-loss distill"),
+    "v, distill": ("v", ("flip", "flip"), "--beta 5e-4 --remember-loss distill"),
+    "sd3, distill": ("sd3", ("b.png", "flip"), "--prompt cat --beta 5e-4 --remember-loss distill"),
 }
 
 
@@ -592,7 +624,7 @@ def flipped(pipe, z):
     return encode(pipe, decoded.flip(-1))
 
 
-def plain_model(folders, model, prompt):
+def plain_model(folders, model, prompt, lora=True):
     """(pipeline, network with its LoRA, condition, alpha_bar or None), by diffusers and peft."""
     folder = folders.models[model]
     if model == "ddpm":
@@ -615,6 +647,8 @@ def plain_model(folders, model, prompt):
         with torch.no_grad():
             condition = {"encoder_hidden_states": pipe.encode_prompt(prompt, "cpu", 1, False)[0]}
         targets = ["to_q", "to_k", "to_v", "to_out.0"]
+    if not lora:
+        return pipe, net, condition, alpha_bar
     torch.manual_seed(SEED)  # of the LoRA's first factor; the second is 0
     net.requires_grad_(False).add_adapter(
         LoraConfig(r=4, lora_alpha=4, init_lora_weights="gaussian", target_modules=targets)
@@ -647,6 +681,7 @@ def check_run(module, folders, name):
     pipe, net, condition, alpha_bar = plain_model(folders, model, flag(flags, "--prompt", ""))
     net.eval()
     params = [p for p in net.parameters() if p.requires_grad]
+    without_lora = plain_model(folders, model, flag(flags, "--prompt", ""), lora=False)[1].eval()
     torch.testing.assert_close(flat(params), records[0][0], msg="the weights before step 0")
     prediction_type = {"v": "v_prediction", "sd3": "flow"}.get(model, "epsilon")
     images = folders.images[model]
@@ -690,6 +725,11 @@ def check_run(module, folders, name):
                 return (prediction - target).square().mean()
 
             error_r = error(remember[idx_r[i]], remember[idx_r[i]])
+            if "distill" in flags:
+                xt = a * remember[idx_r[i]] + b * noise[i : i + 1]
+                with torch.no_grad():
+                    aim = without_lora(xt, timestep=t, **condition).sample
+                error_r = (net(xt, timestep=t, **condition).sample - aim).square().mean()
             weighted_r = weighted_r + lam * error_r / BATCH
             loss_r += error_r.item() / BATCH
             for k in range(current + 1):  # of two images, the earlier one is number 0
@@ -702,7 +742,7 @@ def check_run(module, folders, name):
         expected = combine(g_f, g_r, flag(flags, "--surgery", "forget"))
         tolerance = {"rtol": 2e-3, "atol": 2e-4 * float(expected.abs().max())}
         torch.testing.assert_close(g, expected, **tolerance)
-        cos = float(g_f @ g_r / g_f.norm() / g_r.norm())
+        cos = float(g_f @ g_r / g_f.norm() / g_r.norm().clamp(min=1e-30))
         row = {"step": number, "image": current, "loss_r": loss_r, "loss_f": loss_f}
         for key, value in (row | {"cos": cos}).items():
             assert rows[number][key] == pytest.approx(value, rel=1e-3, abs=1e-3), key
@@ -733,6 +773,27 @@ def test_run_of_each_family_by_hand(folders, name):
 # what is broken: (checks that must see it, the line, what becomes of it). Each line stands once in
 # instance_unlearn.py. "step": any of the switches of check_step.
 PURE_MUTANTS = {
+    "never distilled": ("step", "if predict_original is not None:", "if False:"),
+    "M distilled from itself": (
+        "step",
+        "target_r = predict_original(xt_r, t)",
+        "target_r = predict(xt_r, t)",
+    ),
+    "distilled at the clean image": (
+        "step",
+        "predict_original(xt_r, t)",
+        "predict_original(x_r, t)",
+    ),
+    "distilled at the timestep of another row": (
+        "step",
+        "predict_original(xt_r, t)",
+        "predict_original(xt_r, t.flip(0))",
+    ),
+    "a graph of M_init": (
+        "step",
+        "        with torch.no_grad():\n            target_r",
+        "        with torch.enable_grad():\n            target_r",
+    ),
     "x_f and x_s change places": ("step", "for x_f, x_s in forget:", "for x_s, x_f in forget:"),
     "the noisy surrogate is the input": (
         "step",
@@ -1135,6 +1196,26 @@ def test_source_without_a_change_passes():
 
 # what is broken: (run of RUNS, the line, what becomes of it)
 RUN_MUTANTS = {
+    "never distilled in a run": (
+        "ddpm, distill",
+        "predict_original if is_distilled else None",
+        "None",
+    ),
+    "always distilled": (
+        "ddpm",
+        'is_distilled = args.remember_loss == "distill"',
+        "is_distilled = True",
+    ),
+    "M_init follows M": (
+        "ddpm, distill",
+        "        swap_weights(params, originals)\n        prediction",
+        "        prediction",
+    ),
+    "M_init stays in M": (
+        "ddpm, distill",
+        "        swap_weights(params, originals)\n        return prediction",
+        "        return prediction",
+    ),
     "a schedule over the whole run": (
         "ddpm",
         "fraction_done = step % args.steps / args.steps",
