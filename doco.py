@@ -525,16 +525,16 @@ def read_prompts(path, flag="--prompts", what="anchor prompt"):
     return lines
 
 
-def read_retain_prompts(which, tokenizer, seed):
-    """The prompts of --retain-prompts: a file's lines, 256 words of the vocabulary, or []."""
+def read_retain_prompts(which, tokenizer):
+    """The candidates of --retain-prompts: a file's lines, the vocabulary's words, or []."""
     if which is None:
         return []
     if which != "vocabulary":
         return read_prompts(Path(which), "--retain-prompts", "prompt")
-    # Whole words alone: CLIP's tokens end with </w> where a word ends; shorter ones are syllables.
-    words = sorted(re.findall(r"^([a-z]{3,})</w>$", "\n".join(tokenizer.get_vocab()), re.MULTILINE))
-    g = common.generator(seed, "retain_prompts", 0)
-    return [words[i] for i in torch.randperm(len(words), generator=g)[:256].tolist()]
+    # Whole words, which end with </w> in CLIP's vocabulary, and of these the 1,024 most frequent:
+    # its numbers follow the frequency.
+    words = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    return [word[:-4] for word, _ in words if re.fullmatch("[a-z]{3,}</w>", word)][:1024]
 
 
 def object_pairs(target, anchor, lines, emoji, one_anchor):
@@ -751,14 +751,14 @@ def unlearn(args):
     check_coverage(pairs, images["num_images"], len(args.target), warn=processes.rank == 0)
 
     # Each prompt is encoded once; then the text encoder leaves the memory.
-    retained = read_retain_prompts(args.retain_prompts, backbone.pipe.tokenizer, args.seed)
-    prompts = ["", *(anchor for anchor, _ in pairs), *(t for _, ts in pairs for t in ts), *retained]
+    others = read_retain_prompts(args.retain_prompts, backbone.pipe.tokenizer)
+    prompts = ["", *(anchor for anchor, _ in pairs), *(t for _, ts in pairs for t in ts), *others]
     conditions = backbone.encode_prompts(dict.fromkeys(prompts), processes.device)
     backbone.to(processes.device)
 
     # A run is resumed only with the settings it began with, and the same contents behind them.
     contents = {"--model": backbone.fingerprint(), "--prompts": common.fingerprint(pairs)}
-    contents |= {"--retain-prompts": common.fingerprint(retained)} if retained else {}
+    contents |= {"--retain-prompts": common.fingerprint(others)} if others else {}
     if args.init:
         contents["--init"] = common.fingerprint(args.init / "delta.safetensors")
     common.record_settings(run, args, contents, processes)
@@ -774,9 +774,8 @@ def unlearn(args):
 
     latents = anchor_latents(backbone, conditions, pairs, images, args, contents, run, processes)
     backbone.pipe = None  # the VAE leaves the memory; the UNet stays
-    if args.retain_prompts == "vocabulary":
-        first = pairs[: len(args.target)]  # each target's first pair
-        retained = drop_names(backbone, retained, first, latents[:4], conditions, processes.rank)
+    how = (pairs[: len(args.target)], latents, conditions, processes)  # each target's first pair
+    retained = choose_retained(backbone, others, *how) if others else []
 
     # What is trained. The rest of the UNet needs no gradient.
     pattern = re.compile(TRAINABLE[args.train_method])
@@ -832,33 +831,47 @@ def anchor_latents(backbone, conditions, pairs, images, args, contents, run, pro
     return latents
 
 
-@torch.no_grad()
-def drop_names(backbone, prompts, pairs, x0, conditions, rank=0):
-    """The prompts without those that name a target, as the original model understands them.
+N_RETAINED = 32  # prompts of --retain-prompts that are used, per target
 
-    Such a prompt must not be retained: it would hold what is to be unlearned. It is one for which
-    the prediction, at noisy anchor images, is at less than half the anchor's distance from the
+
+@torch.no_grad()
+def choose_retained(backbone, candidates, pairs, latents, conditions, processes):
+    """The prompts of --retain-prompts that are retained: those nearest to a target, but no names.
+
+    The nearest in the embeddings are what an erasure damages first. But one that the original model
+    understands as the target is a name of it, and would hold what is to be unlearned: its
+    prediction, at noisy anchor images, is at less than half the anchor's distance from the
     target's. (emoji/sd, panda: synonyms and nicknames are below a quarter of it, other words above
-    0.8.) pairs: (anchor prompt, [target prompts]) of each target. x0: latents (4, 4, h, w).
+    0.8.) pairs: (anchor prompt, [target prompts]) of each target. latents: (N, 4, h, w).
     """
+    n = N_RETAINED * len(pairs)
+
+    def distance(prompt):
+        """From a prompt to the nearest target, both (1, L, D)."""
+        embeddings = conditions[prompt]["encoder_hidden_states"]
+        targets = [conditions[prompts[0]]["encoder_hidden_states"] for _, prompts in pairs]
+        return min((embeddings - target).norm().item() for target in targets)
+
+    nearest = sorted(candidates, key=distance)[: 2 * n]
+
+    x0 = latents[[k % len(latents) for k in range(4)]]  # (4, 4, h, w)
     t = torch.tensor([600, 750, 900, 980], device=x0.device)  # where prompts matter most
-    noise = torch.randn(x0.shape, generator=common.generator(0, "retain_prompts", 1))
+    noise = torch.randn(x0.shape, generator=common.generator(0, "retain_prompts"))
     xt = add_noise(x0, noise.to(x0.device), backbone.alpha_bar[t].view(-1, 1, 1, 1))
 
     def predict(prompt):
         """M_init's prediction (4, 4, h, w)."""
         return backbone.predict(xt, t, expand_condition(conditions[prompt], len(xt)))
 
-    of_pairs = [(predict(anchor), predict(targets[0])) for anchor, targets in pairs]
-    names = []
-    for prompt in tqdm(prompts, "comparing words with the target", disable=rank > 0):
+    of_pairs = [(predict(anchor), predict(prompts[0])) for anchor, prompts in pairs]
+    chosen, names = [], []
+    for prompt in nearest:
         eps = predict(prompt)
-        for eps_anchor, eps_target in of_pairs:
-            if (eps - eps_target).norm() < 0.5 * (eps_anchor - eps_target).norm():
-                names.append(prompt)
-    if rank == 0 and names:
-        tqdm.write(f"not retained, as the model takes them for a target: {', '.join(names)}")
-    return [prompt for prompt in prompts if prompt not in names]
+        ratios = [(eps - target).norm() / (anchor - target).norm() for anchor, target in of_pairs]
+        (names if min(ratios) < 0.5 else chosen).append(prompt)
+    if processes.rank == 0 and names:
+        print(f"not retained, for the model takes them for a target: {', '.join(names)}")
+    return chosen[:n]
 
 
 def finish(args, run, processes):

@@ -842,13 +842,25 @@ def write_report(args, report):
     return report
 
 
+def training_log(args):
+    """The rows of --after's log.jsonl; [] if it holds none."""
+    log = args.after / "log.jsonl"
+    if not log.is_file():
+        return []
+    lines = log.read_text().splitlines()
+    return load_or_fail(log, lambda: [json.loads(line) for line in lines])
+
+
 def plot_training(args):
     """Writes OUT/curves.png if --after holds the log of a training."""
-    log = args.after / "log.jsonl"
-    if log.is_file():
-        lines = log.read_text().splitlines()
-        rows = load_or_fail(log, lambda: [json.loads(line) for line in lines])
+    if rows := training_log(args):
         plots.training_curves(rows, args.out / "curves.png")
+
+
+def retention_share(args):
+    """What retention added to the gradient of doco.py, of its length, on average; or None."""
+    shares = [row["share_r"] for row in training_log(args) if "share_r" in row]
+    return sum(shares) / len(shares) if shares else None
 
 
 def is_model(path):
@@ -919,6 +931,7 @@ def concept(args):
         "clip": clip.about,
         "fid_features": extractor,
         "cs_scale": "250 * max(cos, 0)",
+        "retention_share": retention_share(args),
         **sampler.about,
     }
     report = write_report(args, report | concept_report(rows, n, scores, features))

@@ -33,7 +33,7 @@ MAX_BYTES = 300_000  # of a PNG with all its colours
 COPY = 0.4  # copy similarity from which a generated image is a copy
 
 # Colours that people with colour blindness can tell apart (Okabe and Ito 2008)
-COLOURS = "black #D55E00 #0072B2 #009E73 #E69F00 #CC79A7 #56B4E9 #8C564B".split()
+COLOURS = "black #D55E00 #0072B2 #009E73 #E69F00 #CC79A7 #56B4E9 #8C564B #9A9A00 gray".split()
 MARKERS = "oD^sPXv*"
 
 # Quantities of a log.jsonl, in the order of their panels. Other losses are shown by their names.
@@ -45,6 +45,7 @@ PANELS = {
     "loss_r": "retain loss L_r",
     "cos": "cosine of the two gradients",
     "conflict": "fraction of conflicting steps",
+    "share_r": "what retention adds to G, of |G|",
 }
 REFERENCES = {"disc_acc": 0.5, "cos": 0.0}  # chance level; orthogonal gradients
 
@@ -269,7 +270,8 @@ def trade_off(points, x_label, y_label, path, threshold=None):
 
     points: [(label, group, [(x, y) of each seed])]. A large marker is the mean over seeds, small
     ones are the seeds. Colours tell labels, and marker shapes groups; if all labels are the same,
-    colours tell groups. threshold: a vertical line at this x.
+    colours tell groups. Points of one label and group are a method at several strengths: a line
+    joins them. threshold: a vertical line at this x.
     """
     if len({label for label, _, _ in points}) == 1:
         points = [(group or label, "", seeds) for label, group, seeds in points]
@@ -285,6 +287,11 @@ def trade_off(points, x_label, y_label, path, threshold=None):
         if len(seeds) > 1:
             axes.plot(xs, ys, markersize=3.5, alpha=0.6, **style)
         axes.plot(mean(xs), mean(ys), markersize=8, **style)
+    curves = {}  # {(label, group): [(x, y) of each strength]}
+    for label, group, seeds in points:
+        curves.setdefault((label, group), []).append(tuple(map(mean, zip(*seeds, strict=True))))
+    for (label, _), curve in curves.items():
+        axes.plot(*zip(*sorted(curve), strict=True), color=colours[label], linewidth=1, alpha=0.6)
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
     axes.grid(color="0.92")

@@ -217,6 +217,14 @@ RELATED = Column("related", "CA")
 ANCHOR = Column("anchor", "CS")
 TYPE_COLUMNS = (OOD, RELATED, ANCHOR)
 
+# The columns of forgetting and preservation by prompt type alone, so that rows of different targets
+# have the same ones. H is eval.py's: the harmonic mean of what was forgotten and what was kept.
+BALANCE_COLUMNS = [
+    Column("", "H"),
+    *(Column(kind, "CA") for kind in ("target", "ood", "composed", "related", "unrelated")),
+    *(Column(kind, "FID") for kind in ("anchor", "related", "unrelated")),
+]
+
 
 def objects(args):
     """[(name, anchor)] of the three instances of DoCo's tables."""
@@ -299,32 +307,96 @@ def doco_table3(args):
     return [Table(title, concept_columns(three), [Block(f"Erasing {name}", [name], rows)])]
 
 
-def sweep_rows(args, script, entry):
-    """A row per value that was tried for a baseline of concepts, on the first instance.
+# --retain distill was tuned on the first; the others are reported. All with their anchors.
+TUNED_OBJECT = ("panda", "bear")
+BALANCE_OBJECTS = [
+    ("Grumpy Cat", "Cat"),
+    ("enraged face", "face"),
+    ("flag of japan", "flag"),
+    ("pizza", "food"),
+    ("shark", "fish"),
+]
+BALANCE_STYLE = ("twemoji", "emoji")
+# Concepts that no row of the table erases or reports; baselines that take a list get it, too.
+RETAIN_PROMPTS = ["--retain-prompts", "experiments/retain-prompts.txt"]
+DISTILL = ["--retain", "distill"]
+
+
+def balance_job(erased, *flags, script="doco", style=False):
+    """The job that erases concepts, [(name, anchor)], for BALANCE_COLUMNS; small models alone."""
+    job = concept_job(
+        argparse.Namespace(paper=False), erased, [], *flags, style=style, script=script
+    )
+    # eval.py's own choice of unrelated concepts, which the retained prompts leave out
+    score = job.score[: job.score.index("--unrelated")]
+    score += ["--num-images", "2" if style else "4"]
+    return job._replace(name=f"balance-{job.name}", score=score)
+
+
+def balance_rows(erased, style=False):
+    """Rows: every baseline, with the list of prompts too if it takes one; then DoCo."""
+    how = {"style": style}
+    rows = []
+    for script, entry in baseline_rows("concept"):
+        job = balance_job(erased, *entry["flags"], script=script, **how)
+        rows.append(Row(entry["label"], job))
+        if takes(script, job.flags, "retain_prompts"):
+            flags = [*entry["flags"], *RETAIN_PROMPTS]
+            job = balance_job(erased, *flags, script=script, **how)
+            rows.append(Row(f"{entry['label']}, prompts", job))
+    rows.append(Row("DoCo", balance_job(erased, **how)))
+    rows.append(Row("DoCo, distill", balance_job(erased, *DISTILL, **how)))
+    flags = [*DISTILL, *RETAIN_PROMPTS]
+    return [*rows, Row("DoCo, distill, prompts", balance_job(erased, *flags, **how))]
+
+
+def doco_balance(args):
+    """Forgetting against preservation: --retain distill and the baselines, on nine erasures."""
+    if args.paper:
+        return []
+    erasures = [[TUNED_OBJECT], *([concept] for concept in BALANCE_OBJECTS)]
+    erasures += [BALANCE_OBJECTS[:2], BALANCE_OBJECTS[:3]]  # two and three at once
+    blocks = []
+    for erased in erasures:
+        heading = f"Erasing {' and '.join(name for name, _ in erased)}"
+        if erased == [TUNED_OBJECT]:
+            heading += ", on which distill was tuned"
+        blocks.append(Block(heading, [], balance_rows(erased)))
+    rows = balance_rows([BALANCE_STYLE], style=True)
+    blocks.append(Block(f"Erasing the style {BALANCE_STYLE[0]}", [], rows))
+    return [Table("Beyond DoCo: forgetting and preservation", BALANCE_COLUMNS, blocks)]
+
+
+def sweep_rows(script, entry):
+    """A row per value that was tried for a method of concepts, on the first instance.
 
     Every value is named, the default too: no folder changes its meaning when a default does.
     """
-    three = objects(args)
     flag, *values = entry["tried"]
     rows = []
     for value in values:
         flags = [*entry["flags"], flag, value]
-        job = concept_job(args, three[:1], three[1:], *flags, script=script)
-        rows.append(Row(f"{flag} {value}", job))
+        rows.append(Row(f"{flag} {value}", balance_job(BALANCE_OBJECTS[:1], *flags, script=script)))
     return rows
 
 
 def doco_rates(args):
-    """What was tried for the baselines on the grumpy cat."""
+    """What was tried for the baselines on the grumpy cat, and DoCo as its own strength varies."""
     if args.paper:
         return []
-    three = objects(args)
-    blocks = [Block("", [], [ORIGINAL])]
-    for script, entry in baseline_rows("concept", "rates"):
-        rows = sweep_rows(args, script, entry)
-        blocks.append(Block(entry["label"], [three[0][0]], rows))
-    title = "The baselines' rates, tried on Grumpy Cat"
-    return [Table(title, concept_columns(three), blocks)]
+    doco_entries = [
+        {"label": "DoCo", "flags": [], "tried": ("--lr", "1.5e-4", "3e-5", "6e-5")},
+        {
+            "label": "DoCo, distill",
+            "flags": DISTILL,
+            "tried": ("--retain-weight", "0.1", "0.3", "1", "3"),
+        },
+    ]
+    entries = [*baseline_rows("concept", "rates"), *(("doco", entry) for entry in doco_entries)]
+    blocks = []
+    for script, entry in entries:
+        blocks.append(Block(entry["label"], [], sweep_rows(script, entry)))
+    return [Table("Strengths of every method, on Grumpy Cat", BALANCE_COLUMNS, blocks)]
 
 
 # ---- 3. instances -------------------------------------------------------------------------------
@@ -524,6 +596,7 @@ def instance_table6(args):
 TABLES = {
     "doco-table1": doco_table1,
     "doco-table3": doco_table3,
+    "doco-balance": doco_balance,
     "instance-table1": instance_table1,
     "instance-table2": instance_table2,
     "instance-table3": instance_table3,
@@ -711,8 +784,11 @@ Cell = namedtuple("Cell", "text rank")
 
 def metric_value(report, column, when):
     """A metric of one seed, or None where its report has none. when: "before" or "after"."""
+    if column.metric == "H":  # of the model after unlearning; there is none before
+        return report["H"] if when == "after" else None
     if report["task"] == "concept":
-        parts = report["prompt_types" if column in TYPE_COLUMNS else "concepts"]
+        by_type = column.group in evaluation.PROMPT_TYPES
+        parts = report["prompt_types" if by_type else "concepts"]
         part = parts.get(column.group)
         return part and part[when].get(column.metric)
     if column.metric == "similarity":  # of several images, that of the one forgotten least
@@ -725,10 +801,10 @@ def direction(column, erased):
     """+1 where more is better, -1 where less is. erased: of the block, names of concepts."""
     if column.metric in ("CS", "CA"):
         # OOD prompts generate the target without naming it: they should fail as well.
-        return -1 if column.group in (*erased, OOD.group) else 1
+        return -1 if column.group in (*erased, "target", "ood", "composed") else 1
     if column.metric == "FID":  # far from the original model's images, if the concept is erased
         return 1 if column.group in erased else -1
-    return 1 if column.metric == "SSIM" else -1
+    return 1 if column.metric in ("SSIM", "H") else -1
 
 
 def summary(values):
@@ -773,8 +849,11 @@ def ranks(means, column, erased):
     return [best.index(s) if s in best[:2] else None for s in scores]
 
 
-def cell_text(row, column, mean, reports):
+def cell_text(row, column, mean, reports, by_type=False):
     """A cell: "mean ± deviation", or "before → mean ± deviation" where the rows' befores differ.
+
+    by_type: all columns are by prompt type; then there is no room for that, and 94 to 100 were
+    classified as they should be before.
 
     The similarity has in front in how many seeds the image counts as forgotten: below 0.4, as in
     the paper.
@@ -788,7 +867,7 @@ def cell_text(row, column, mean, reports):
     if mean[1] is not None:
         text += f" ± {mean[1]:.{n}f}"
     seeds = reports[row.job.name]
-    if column in TYPE_COLUMNS or column.metric == "similarity":
+    if (column in TYPE_COLUMNS and not by_type) or column.metric == "similarity":
         before = summary([metric_value(r, column, "before") for r in seeds])[0]
         text = f"{before:.{n}f} → {text}"
     if column.metric == "similarity":
@@ -797,18 +876,33 @@ def cell_text(row, column, mean, reports):
     return text
 
 
+def sorted_by_h(rows, reports):
+    """The rows, the largest mean H first; those without one (a style) stay as they are, last."""
+
+    def h(row):
+        """The mean H of a row over its seeds."""
+        mean = mean_of_row(row, BALANCE_COLUMNS[0], reports)
+        return mean[0] if mean else -1
+
+    return sorted(rows, key=h, reverse=True)
+
+
 def cells(table, reports):
     """The blocks of a table, with rows [(label, [Cell of each column])].
 
-    The original model does not compete: it has cells, but no rank.
+    The original model does not compete: it has cells, but no rank. Rows that have an H are sorted
+    by it.
     """
     blocks = []
+    by_type = table.columns == BALANCE_COLUMNS
     for block in table.blocks:
+        if by_type:
+            block = block._replace(rows=sorted_by_h(block.rows, reports))
         columns = []
         for column in table.columns:
             means = [mean_of_row(row, column, reports) for row in block.rows]
             pairs = list(zip(block.rows, means, strict=True))
-            texts = [cell_text(row, column, mean, reports) for row, mean in pairs]
+            texts = [cell_text(row, column, mean, reports, by_type) for row, mean in pairs]
             competing = [mean if row.job else None for row, mean in pairs]
             columns.append(map(Cell, texts, ranks(competing, column, block.erased)))
         labels = [row.label for row in block.rows]
@@ -824,11 +918,15 @@ def trade_off_point(table, report):
     """(forgetting, preservation) of one seed; None where all concepts of the table are erased.
 
     Images: similarity to the forget image and SSIM. Concepts: mean CS of the erased and of the
-    unrelated ones.
+    unrelated ones; by prompt type, CA of target and OOD prompts, and of related ones.
     """
     if table.columns == INSTANCE_COLUMNS:
         names = ("similarity", "SSIM")
         return tuple(metric_value(report, Column("", name), "after") for name in names)
+    if table.columns == BALANCE_COLUMNS:
+        kinds = ("target", "ood", "related")
+        target, ood, related = (metric_value(report, Column(k, "CA"), "after") for k in kinds)
+        return None if None in (target, ood, related) else ((target + ood) / 2, related)
     scores = {"target": [], "unrelated": []}
     for concept in report["concepts"].values():
         if concept["type"] in scores:
@@ -864,10 +962,15 @@ def plot_trade_offs(folder, name, tables, reports):
         if table.columns == INSTANCE_COLUMNS:
             axes = ("similarity to the forget image", "SSIM of the other images")
             threshold = 0.4  # below it, the image counts as forgotten
+        if table.columns == BALANCE_COLUMNS:
+            axes = ("CA of target and OOD prompts", "CA of related concepts")
         points = trade_off_points(table, reports)
-        # Beyond eight colours or marker shapes, rows could not be told apart
-        distinct = [len({point[i] for point in points}) for i in (0, 1)]
-        if len(points) > 1 and max(distinct) <= 8:
+        if name == "doco-rates":  # there a block is a method: one curve, as its strength varies
+            points = [(heading, "", seeds) for _, heading, seeds in points]
+        # Beyond so many colours or marker shapes, rows could not be told apart
+        labels, groups = (len({point[i] for point in points}) for i in (0, 1))
+        distinct = labels <= len(plots.COLOURS) and groups <= len(plots.MARKERS)
+        if len(points) > 1 and distinct:
             file = f"{name}-trade-off{f'-{k + 1}' if k else ''}.png"
             plots.trade_off(points, *axes, folder / file, threshold)
             files.append(file)

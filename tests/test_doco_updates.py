@@ -54,7 +54,7 @@ STYLE_PAIRS = [
         ],
     )
 ]
-RETAINED = ["a black cat", "one tree", "a yellow submarine"]
+RETAINED = ["one tree", "a photo of a Grumpy Cat", "a yellow submarine", "a black cat"]
 WITH_PROMPTS = ["--retain-prompts", "RETAINED", "--retain-weight", "0.4"]
 OF_CATS = ["--target", "Grumpy Cat", "--anchor", "Cat"]
 OF_BOTH = ["--target", "Tom", "Snoopy", "--anchor", "cat", "dog"]
@@ -225,8 +225,30 @@ class Recomputation:
         self.original = pipe.unet.eval()
         self.net = copy.deepcopy(self.original)
         self.trained = trained_parameters(self.net)
+        if self.retained:
+            self.retained = self.choose()
         torch.manual_seed(SEED)
         self.disc = patchgan(16)
+
+    @torch.no_grad()
+    def choose(self):
+        """RETAINED, the nearest to the target first, without what the model takes for it."""
+        anchor, (target, *_) = self.pairs[0]
+        noise = torch.randn(4, 4, 16, 16, generator=torch.Generator().manual_seed(950_000))
+        noisy = []
+        for k, t in enumerate((600, 750, 900, 980)):
+            a = self.a_bar[t]
+            noisy.append((a.sqrt() * self.latents[k] + (1 - a).sqrt() * noise[k], t))
+
+        def predictions(prompt):
+            return flat(self.original(x[None], t, self.embeddings[prompt]).sample for x, t in noisy)
+
+        at_target = predictions(target)
+        unit = (predictions(anchor) - at_target).norm()
+        near = sorted(RETAINED, key=lambda p: (self.embeddings[p] - self.embeddings[target]).norm())
+        chosen = [p for p in near if (predictions(p) - at_target).norm() >= 0.5 * unit]
+        assert 1 < len(chosen) < len(RETAINED) and chosen != [p for p in RETAINED if p in chosen]
+        return chosen
 
     def step(self, step):
         """(losses, gradients) of a step at the present weights: {"u", "r", "d"} each."""
@@ -486,6 +508,31 @@ MUTANTS = {
         "paper",
         "stack_conditions(others), both)",
         "anchor, both)",
+    ),
+    "names of the target are retained": (
+        "distill, prompts",
+        "(names if min(ratios) < 0.5 else chosen)",
+        "chosen",
+    ),
+    "every prompt is a name": (
+        "distill, prompts",
+        "min(ratios) < 0.5",
+        "min(ratios) < 1e6",
+    ),
+    "the farthest prompts first": (
+        "distill, prompts",
+        "sorted(candidates, key=distance)",
+        "sorted(candidates, key=distance, reverse=True)",
+    ),
+    "the order of the file": (
+        "distill, prompts",
+        "sorted(candidates, key=distance)",
+        "list(candidates)",
+    ),
+    "names by their distance to the anchor": (
+        "distill, prompts",
+        "(eps - target).norm() / (anchor",
+        "(eps - anchor).norm() / (anchor",
     ),
     "retained prompts are not used": ("distill, prompts", "    if retained:\n", "    if False:\n"),
     "retained prompts in every row": ("distill, prompts", "if (first + i) % 4:", "if True:"),
