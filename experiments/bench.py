@@ -8,9 +8,10 @@
     python -m experiments.bench build --arch sd-v1-4 --out runs/sd-v1-4      # the folder alone
 
 --arch builds a model of the real size with random weights, from its published configuration: time
-and memory do not depend on the values of the weights, and nothing is downloaded. Three ways:
+and memory do not depend on the values of the weights, and nothing is downloaded. Four ways:
 
     ours    doco_step or instance_step, and the steps of the optimizers
+    distill the same with --retain distill or --remember-loss distill
     passes  the passes of the network that such a step needs, forward and backward, and nothing else
     naive   as in DoCo's released code: a second network for the original model, images to unlearn
             and to retain in one forward pass, two backward passes through its graph, which stays
@@ -67,7 +68,7 @@ from discriminator import patchgan
 from gradsurgery import forget_only, lambda_projection, write_grad
 from metrics import display_path
 
-WAYS = ("ours", "passes", "naive")
+WAYS = ("ours", "distill", "passes", "naive")
 
 
 # ---- 1. the papers' models with random weights, from their published configurations -------------
@@ -293,7 +294,21 @@ def disc_and_optimizer(bench):
     return disc, torch.optim.Adam(disc.parameters(), lr=0.0, fused=True)
 
 
-def doco_way(bench):
+def original_predictor(bench, predict):
+    """M_init as in doco.train and instance_unlearn.train: the same network with other weights."""
+    originals = [p.detach().clone() for p in bench.params]
+
+    def predict_original(*inputs):
+        """The prediction of `predict` with the original weights."""
+        doco.swap_weights(bench.params, originals)
+        prediction = predict(*inputs)
+        doco.swap_weights(bench.params, originals)
+        return prediction
+
+    return predict_original
+
+
+def doco_way(bench, retain="cp"):
     """A step of doco.py, after its warm-up: three forward and two backward passes.
 
     The original model is the trained one with other weights, so that one network is in memory.
@@ -301,18 +316,12 @@ def doco_way(bench):
     backbone, params = bench.backbone, bench.params
     optimizer = model_optimizer(params)
     disc, opt_disc = disc_and_optimizer(bench)
-    originals = [p.detach().clone() for p in params]
+    predict_original = original_predictor(bench, backbone.predict)
     rows = stack_conditions([bench.condition] * bench.batch_size)  # as the script has them
+    both = stack_conditions([bench.condition] * 2 * bench.batch_size)
     x0, noise, t = random_batch(bench, bench.batch_size)
     batch_f = doco.ForgetBatch(x0, noise, t, rows, rows, noise)
-    batch_r = doco.RetainBatch(x0, noise, t, rows)
-
-    def predict_original(xt, t, condition):
-        """The original model, as in doco.train."""
-        doco.swap_weights(params, originals)
-        eps = backbone.predict(xt, t, condition)
-        doco.swap_weights(params, originals)
-        return eps
+    batch_r = doco.RetainBatch(x0, noise, t, rows, both)
 
     def step():
         """Gradients and both optimizers' steps."""
@@ -324,6 +333,7 @@ def doco_way(bench):
             backbone.alpha_bar,
             batch_f,
             batch_r,
+            retain=retain,
         )
         doco.optimizer_step(optimizer, params, update.g)
         write_grad(disc.parameters(), update.g_d)
@@ -332,8 +342,11 @@ def doco_way(bench):
     return step
 
 
-def instance_way(bench):
-    """A step of instance_unlearn.py for one image to unlearn: two forward, two backward passes."""
+def instance_way(bench, remember_loss="noise"):
+    """A step of instance_unlearn.py for one image to unlearn: two forward, two backward passes.
+
+    With "distill", a forward pass more.
+    """
     backbone, params = bench.backbone, bench.params
     optimizer = model_optimizer(params)
     x0, noise, t = random_batch(bench, bench.batch_size)
@@ -343,6 +356,9 @@ def instance_way(bench):
     def predict(xt, t):
         """The model, conditioned on the empty prompt."""
         return backbone.predict(xt, t, bench.condition)
+
+    is_distilled = remember_loss == "distill"
+    predict_original = original_predictor(bench, predict) if is_distilled else None
 
     def step():
         """The gradient and the optimizer's step."""
@@ -357,6 +373,7 @@ def instance_way(bench):
             b,
             lam_t,
             backbone.prediction_type,
+            predict_original=predict_original,
         )
         write_grad(params, g)
         optimizer.step()
@@ -441,7 +458,9 @@ def make_step(way, bench, original):
         return bare_passes(bench)
     if way == "naive":
         return naive_step(bench, original)
-    return doco_way(bench) if bench.what == "doco" else instance_way(bench)
+    if bench.what == "doco":
+        return doco_way(bench, "distill" if way == "distill" else "cp")
+    return instance_way(bench, "distill" if way == "distill" else "noise")
 
 
 # ---- 3. time and memory -------------------------------------------------------------------------

@@ -334,10 +334,13 @@ def balance_job(erased, *flags, script="doco", style=False):
 
 
 def balance_rows(erased, style=False):
-    """Rows: every baseline, with the list of prompts too if it takes one; then DoCo."""
+    """Rows: every baseline, with the list of prompts too if it takes one; then DoCo.
+
+    Of several concepts at once, and of a style, DoCo alone.
+    """
     how = {"style": style}
     rows = []
-    for script, entry in baseline_rows("concept"):
+    for script, entry in baseline_rows("concept") if len(erased) == 1 and not style else []:
         job = balance_job(erased, *entry["flags"], script=script, **how)
         rows.append(Row(entry["label"], job))
         if takes(script, job.flags, "retain_prompts"):

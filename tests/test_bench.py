@@ -60,6 +60,8 @@ def test_a_step_runs_the_network_as_often_as_it_must(what, passes, tiny, tiny_dd
     for way in ("ours", "passes"):
         step = bench.make_step(way, loaded, None)
         assert count_passes(step) == [2] * passes, way
+    step = bench.make_step("distill", loaded, None)  # M_init's second pass is one with its first
+    assert count_passes(step) == ([4, 2, 2] if what == "doco" else [2, 2, 2])
     step = bench.make_step("naive", loaded, loaded.backbone)
     assert count_passes(step) == ([4, 2] if what == "doco" else [4])
 

@@ -112,12 +112,42 @@ def test_rates_are_of_the_small_models_and_one_seed(dry_run):
     """At the papers' size there is nothing to choose: the papers' rates are the defaults."""
     tries = {"instance-rates": 2 * sum(map(len, reproduce.TRIED_RATES.values()))}
     rows = reproduce.baseline_rows("concept", "rates")
-    tries["doco-rates"] = sum(len(entry["tried"]) - 1 for _, entry in rows)
+    tries["doco-rates"] = sum(len(entry["tried"]) - 1 for _, entry in rows) + 3 + 4  # DoCo's own
     for table, n in tries.items():
         lines = dry_run(table)
         assert len(lines) == 2 * n and all("--seed 0" in line for line in lines)
         with pytest.raises(SystemExit, match="without --paper"):
             reproduce.main(reproduce.parse_args([table, "--paper", "--dry-run"]))
+
+
+def test_no_retained_prompt_is_reported():
+    """The list of --retain-prompts has no name of a concept that a row erases or measures."""
+    retained = (REPO / reproduce.RETAIN_PROMPTS[1]).read_text().lower().splitlines()
+    assert len(retained) == len(set(retained)) > 100
+    catalogue = json.loads((REPO / "emoji/images/emoji.json").read_text())
+    reported = set()
+    for job in reproduce.jobs_of(reproduce.doco_balance(SMALL)).values():
+        args = evaluation.parse_args([*job.score, "--after", "run"])
+        rows = evaluation.concept_prompts(args, emoji=True)
+        reported |= {r.prompt.lower() for r in rows} - {
+            r.prompt.lower() for r in rows if r.type == "anchor"
+        }
+        reported |= {row.name.lower() for row in rows if row.type != "anchor"}
+        for target in args.target:
+            entry = evaluation.emoji_entry(catalogue, target) or {"name": target, "synonyms": []}
+            reported |= {name.lower() for name in (entry["name"], *entry["synonyms"])}
+    assert not reported & set(retained)
+
+
+def test_rows_of_forgetting_and_preservation_are_sorted_by_h():
+    rows = reproduce.balance_rows(reproduce.BALANCE_OBJECTS[:1])
+    labels = [row.label for row in rows]
+    assert labels[-3:] == ["DoCo", "DoCo, distill", "DoCo, distill, prompts"]
+    assert len({row.job.name for row in rows}) == len(rows)
+    with_h = {row.job.name: [{"task": "concept", "H": float(k)}] for k, row in enumerate(rows)}
+    assert [row.label for row in reproduce.sorted_by_h(rows, with_h)] == labels[::-1]
+    without = {row.job.name: [{"task": "concept", "H": None}] for row in rows}
+    assert reproduce.sorted_by_h(rows, without) == rows
 
 
 def test_every_method_has_the_same_number_of_tries_under_both_recipes():
