@@ -180,7 +180,7 @@ def doco_step(
     two forward passes, M's and M_init's.
     """
     g, g_r, stats = None, None, {}
-    retaining = train_model and retain != "none"
+    retaining = train_model and retain != "none"  # otherwise, batch_r is not looked at
 
     # Eq. 1: x_t, from an image of the anchor. Eq. 8 of the paper takes the second expectation over
     # images of the target; its code uses anchor images for both, and so do we: no image of what is
@@ -222,10 +222,9 @@ def doco_step(
         # Eq. 8, the model's half: L_u = -log D(v*). flat_grad goes through D to the weights of M
         # and leaves D alone. In the released code this gradient stays on D, and enters its step.
         loss_u = loss_unlearn(disc(view_target))  # 0-dim
-        g_u = flat_grad(loss_u, params)  # (n,)
-        g = g_u
+        g = g_u = flat_grad(loss_u, params)  # (n,)
         stats["loss_u"] = loss_u
-        if g_r is not None:
+        if retaining:
             g, surgery = combine_gradients(g_u, g_r, retain, lam, retain_weight, project)
             stats |= surgery  # cos, norm_f, norm_r, conflict, share_r
         stats["norm_g"] = g.norm()

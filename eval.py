@@ -193,7 +193,7 @@ def add_concept_flags(task):
     text = "sentences around a concept, {} for its name; a file has one per line; "
     text += "imagenet: CLIP's 80, as in DoCo's tables"
     add("--templates", default="few", metavar="few|imagenet|FILE", help=text)
-    add("--num-images", type=int, help="per prompt (without it: about 64 in all, at least 2 each)")
+    add("--num-images", type=int, help="per prompt (without it: about 80 in all, at least 2 each)")
     add_network_flags(task)
 
 
@@ -914,7 +914,7 @@ def concept(args):
     rows = concept_prompts(args, sampler.embedded)
 
     # 2. Images: all prompts with the same n seeds
-    n = args.num_images or min(8, max(2, 64 // len(rows)))  # per prompt; FID needs two
+    n = args.num_images or min(8, max(2, 80 // len(rows)))  # per prompt; FID needs two
     prompts = [row.prompt for row in rows for _ in range(n)]
     seeds = evaluation_seeds(args, n) * len(rows)
     images = sample_before_after(sampler, args.after, prompts, seeds)

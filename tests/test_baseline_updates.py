@@ -143,6 +143,11 @@ class Place:
         self.photos, self.words, self.styles = photos, tmp / "words.txt", tmp / "styles.txt"
         self.words.write_text("a cat\na photo of food\na drawing of a cat\n")
         self.styles.write_text("a painting of a cat\na red painting\n")
+        # Files by the names that the flags of a case call them
+        self.files = {"WORDS": self.words}
+        for name, lines in RETAINED.items():
+            self.files[name] = tmp / f"{name}.txt"
+            self.files[name].write_text("\n".join(lines) + "\n\n")
         # To remember: the image to forget is there too, in three other formats, names and sizes.
         self.remember = tmp / "remember"
         shutil.copytree(photos, self.remember)
@@ -198,6 +203,14 @@ STYLED = [
         "in Van Gogh's style, a red painting",
     ],
 ]
+
+
+# Files for --retain-prompts. Of ANIMALS, SPEED leaves out what names a target.
+MOUSE, LETTERS = ["Mickey Mouse"], list("abcdefghijk")
+KEPT = ["dog", "a photo of a dog", "horse", "pizzas", "old house", "cat", "fox", "blue tree", "car"]
+KEPT += ["green tea", "sun", "moon", "the sea", "bear", "a big red bus", "snow", "queen", "river"]
+NAMED = ["Grumpy Cat", "a grumpy cat, asleep", "some PIZZA"]
+RETAINED = {"MOUSE": MOUSE, "LETTERS": LETTERS, "ANIMALS": [*KEPT[:5], *NAMED, *KEPT[4:]]}
 
 
 class Text:
@@ -507,8 +520,8 @@ UCE = {
             "--anchor",
             "Italian food",
             "Cat",
-            "--preserve",
-            "Mickey Mouse",
+            "--retain-prompts",
+            "MOUSE",
         ],
         [("pizza", "Italian food"), ("Grumpy Cat", "Cat")],
         ["", "Italian food", "Cat", "Mickey Mouse"],
@@ -532,7 +545,7 @@ UCE = {
         {"a": 0.7, "b": 0.3, "lam": 2},
     ),
     "floor": (
-        ["--target", "Grumpy Cat", "--anchor", "Cat", "--preserve", *"abcdefghijk"],
+        ["--target", "Grumpy Cat", "--anchor", "Cat", "--retain-prompts", "LETTERS"],
         [("Grumpy Cat", "Cat")],
         ["", "Cat", *"abcdefghijk"],
         {"b": 0.1},
@@ -587,7 +600,7 @@ UCE = {
 def check_uce(module, place, case):
     """W by least squares: rows of erased, preserved and unit vectors, by the roots of weights."""
     sd, (flags, pairs, preserved, scales) = place.sd, UCE[case]
-    flags = [str(place.words) if f == "WORDS" else f for f in flags]
+    flags = [str(place.files.get(f, f)) for f in flags]
     records, out = place.run(
         module, "--model", large_sd(place) if case == "large" else sd.folder, *flags
     )
@@ -618,6 +631,117 @@ def check_uce(module, place, case):
         agree([edited[name] - w0], [w - w0])
     settings = json.loads((out / "args.json").read_text())["settings"]
     assert settings["lamb"] == lam and math.isclose(settings["preserve_scale"], b)
+
+
+TWO = ["--target", "pizza", "Grumpy Cat", "--anchor", "food", "Cat"]
+TWO_PAIRS = [("pizza", "food"), ("Grumpy Cat", "Cat")]
+CAT = ["--target", "Grumpy Cat", "--anchor", "Cat"]
+# flags, concepts and their anchors, prompts to retain, threshold and beta
+SPEED = {
+    "names": (
+        [*TWO, "--retain-prompts", "ANIMALS"],
+        TWO_PAIRS,
+        ["", "food", "Cat", *KEPT],
+        (1e-2, 1e-3),
+    ),
+    "numbers": (
+        [*CAT, "--retain-prompts", "MOUSE", "--threshold", "0.5", "--retain-scale", "0.2"],
+        [("Grumpy Cat", "Cat")],
+        ["", "Cat", *MOUSE],
+        (0.5, 0.2),
+    ),
+    "kv": ([*TWO, "--params", "kv"], TWO_PAIRS, ["", "food", "Cat"], (1e-2, 1e-3)),
+    "large": (
+        [*CAT, "--retain-prompts", "LETTERS"],
+        [("Grumpy Cat", "Cat")],
+        ["", "Cat", *LETTERS],
+        (0.1, 1.0),
+    ),
+    "padding": (
+        [*TWO, "--padding", "--threshold", "1e-3"],
+        TWO_PAIRS,
+        ["", "food", "Cat"],
+        (1e-3, 1e-3),
+    ),
+    "prompts": (
+        [*TWO, "--prompts", "WORDS"],
+        list(zip(TARGETS, ANCHORS, strict=True)),
+        ["", *ANCHORS],
+        (1e-2, 1e-3),
+    ),
+}
+
+
+def check_speed(module, place, case):
+    """D by least squares over what the null space and the constraint leave free, by their bases."""
+    sd, (flags, pairs, retained, (threshold, beta)) = place.sd, SPEED[case]
+    flags = [str(place.files.get(f, f)) for f in flags]
+    model = large_sd(place) if case == "large" else sd.folder
+    records, out = place.run(module, "--model", model, *flags)
+    parts = ("attn2.to_k.weight", "attn2.to_v.weight")[0 if case == "kv" else 1 :]
+    original = {n: p.detach().double() for n, p in sd.original.named_parameters()}
+    edited = load_file(out / "delta.safetensors")
+    names = [n for n in original if n.endswith(parts)]
+    assert records == [] and sorted(edited) == sorted(names) != []
+
+    last = lambda text: max(len(sd.tokenizer(text)["input_ids"]) - 2, 0)  # noqa: E731
+    c1, anchor, c0 = [], [], []
+    for e, g in pairs:
+        n = 77 - max(last(e), last(g)) if case == "padding" else 1
+        c1 += sd.emb(e)[last(e) :][:n]
+        anchor += sd.emb(g)[last(g) :][:n]
+    for p in retained:
+        c0 += sd.emb(p)[last(p) :] if case == "padding" else [sd.emb(p)[last(p)]]
+    c1, anchor, c0 = (torch.stack(rows).double() for rows in (c1, anchor, c0))
+    k2 = torch.cat([sd.emb("")[:1].double(), three_means(sd.emb("")[1:].double())])
+    for k, name in enumerate(names):
+        w, n = original[name], len(c1)
+        # An edit that retains nothing: |(W + E) c1 - W c*|^2 on average, and |E|^2
+        rows = torch.cat([c1 / n**0.5, torch.eye(32).double()])
+        aims = torch.cat([(anchor - c1) @ w.T / n**0.5, torch.zeros(32, len(w)).double()])
+        e = torch.linalg.lstsq(rows, aims).solution  # (32, out)
+        kept = [c for c in c0 if (c @ e).norm() > (c0 @ e).norm(dim=1).mean()]
+        values, vectors = torch.linalg.eigh(w.T @ w)
+        v = vectors[:, max(0, 32 - len(w))]  # of the smallest one that is not 0 for lack of rows
+        z = torch.randn(10 * len(kept), 32, generator=seeded(950_001 + k), dtype=torch.float64)
+        variants = torch.stack([kept[i % len(kept)] + (x @ v) * v for i, x in enumerate(z)])
+        mean = (variants @ e).norm(dim=1).mean()
+        kept += [c for c in variants if (c @ e).norm() > mean]
+        assert 0 < len(kept) < 11 * len(c0)
+
+        _, s, vh = torch.linalg.svd(torch.stack(kept), full_matrices=True)
+        squares = torch.cat([s**2, torch.zeros(32).double()])[:32] / len(kept)
+        u = vh[squares < threshold].T  # (32, r)
+        free = u @ left_free(u.T @ k2.T)  # (32, r'), what K2 has no part in either
+        y = torch.linalg.lstsq(
+            torch.cat([c1 @ free / n**0.5, beta**0.5 * torch.eye(free.shape[1]).double()]),
+            torch.cat([aims[:n], torch.zeros(free.shape[1], len(w)).double()]),
+        ).solution
+        d = (free @ y).T
+        agree([edited[name] - w], [d])
+        moved = (edited[name].double() - w) @ k2.T
+        assert moved.norm() < 1e-4 * d.norm() * k2.norm()
+    settings = json.loads((out / "args.json").read_text())["settings"]
+    assert (settings["threshold"], settings["retain_scale"]) == (threshold, beta)
+
+
+def left_free(x):
+    """An orthonormal basis (r, r') of what is orthogonal to the columns of x (r, n)."""
+    u, s, _ = torch.linalg.svd(x, full_matrices=True)
+    return u[:, int((s > 1e-6 * s[0]).sum()) :]
+
+
+def three_means(rows):
+    """Lloyd's algorithm with three centres, row by row."""
+    centres = [rows[i] for i in torch.randperm(len(rows), generator=seeded(950_000))[:3]]
+    for _ in range(100):
+        groups = [[], [], []]
+        for row in rows:
+            away = [(row - c).norm().item() for c in centres]
+            groups[away.index(min(away))].append(row)
+        assert all(groups)
+        centres = [torch.stack(group).mean(0) for group in groups]
+    return torch.stack(centres)
 
 
 def large_sd(place):
@@ -991,6 +1115,7 @@ CASES = {
     "conabl style": (check_conabl, {"style": True}),
     "spm": (check_spm, {}),
     **{f"uce {case}": (check_uce, {"case": case}) for case in UCE},
+    **{f"speed {case}": (check_speed, {"case": case}) for case in SPEED},
     "forget_me_not": (check_forget_me_not, {}),
     "forget_me_not files": (check_forget_me_not, {"files": True}),
     "neggrad": (check_neggrad, {}),
@@ -1113,14 +1238,49 @@ MUTANTS = [
     ),
     ("uce names", "a * g.T @ e", "a * e.T @ g"),
     ("uce names", 'TRAINABLE["kv"]', 'r"attn2.to_k"'),
-    ("uce names", "for prompt in preserved:", 'for prompt in ["", *args.preserve]:'),
+    ("uce names", "for prompt in preserved:", 'for prompt in ["", *retained]:'),
     ("uce names", "for prompt in preserved:", "for prompt in preserved[1:]:"),
     ("uce names", '["attention_mask"]) - 2', '["attention_mask"]) - 1'),
     ("uce scales", "lam * eye", "eye"),
     ("uce floor", "max(0.1, 1 / len(preserved))", "1 / len(preserved)"),
     ("uce large", "small if model.small else paper", "small"),
-    ("uce templates", "if args.templates or args.prompts", "if args.prompts"),
+    ("uce templates", "args.templates or args.prompts", "args.prompts"),
+    ("uce prompts", "args.templates or args.prompts", "args.templates"),
     ("uce last", '("last", "last")', '("last", "all")'),
+    ("speed names", "anchor.T @ target", "target.T @ anchor"),
+    ("speed names", "anchor.T @ target / len(target)", "anchor.T @ target"),
+    ("speed names", "lengths > lengths.mean()", "lengths < lengths.mean()"),
+    ("speed names", "torch.linalg.solve(eye + a, b - a, left=False)", "(b - a)"),
+    ("speed names", "    rows = most_changed(rows, change)\n", ""),
+    ("speed numbers", "most_changed(variants, change)", "variants"),
+    ("speed names", "torch.cat([rows, most_changed(variants, change)])", "rows"),
+    ("speed numbers", "full_matrices=False)[2][-1]", "full_matrices=False)[2][0]"),
+    ("speed numbers", "full_matrices=False)[2][-1]", "full_matrices=False)[2][-2]"),
+    ("speed numbers", "VARIANTS = 10", "VARIANTS = 5"),
+    ("speed numbers", "along = z.to(v.device) @ v", "along = z[:, 0]"),
+    ("speed numbers", '"retain_prompts", k + 1', '"retain_prompts", k'),
+    ("speed numbers", "rows.T @ rows / len(rows)", "rows.T @ rows"),
+    ("speed numbers", "values < threshold", "values < threshold / 10"),
+    ("speed names", "[null[:1], centres]", "[centres]"),
+    ("speed names", "[null[:1], centres]", "[null[:1], null[1:4]]"),
+    ("speed names", "rows[cluster == i].mean(0)", "rows[cluster == i][0]"),
+    ("speed names", "torch.equal(nearest, cluster)", "True"),
+    ("speed names", "inv(a @ p + beta * eye)", "inv(a + beta * eye)"),
+    ("speed numbers", "beta * eye", "eye"),
+    ("speed names", "torch.linalg.pinv(gram, rtol=1e-12, hermitian=True)", "0 * gram"),
+    ("speed names", "m @ k2 @ inner @ k2.T @ p", "k2 @ inner @ k2.T @ p"),
+    ("speed names", "(b - a) @ p @ hold", "(b - a) @ hold"),
+    ("speed names", "PARAMS[args.params]", 'PARAMS["kv"]'),
+    ("speed kv", '"kv": TRAINABLE["kv"]', r'"kv": r"attn2\.to_k\."'),
+    ("speed names", "if not name.search(line)", "if not name.match(line)"),
+    ("speed names", ", re.IGNORECASE", ""),
+    ("speed names", "(?!\\w)", ""),
+    ("speed names", '["", *guides, *lines]', "[*guides, *lines]"),
+    ("speed numbers", '"from" if args.padding else "last"', '"from"'),
+    ("speed padding", '"from" if args.padding else "last"', '"last"'),
+    ("speed padding", "emb[prompt], prompt, which)", 'emb[prompt], prompt, "last")'),
+    ("speed large", "small if model.small else paper", "small"),
+    ("speed prompts", "erase_pairs(args, args.prompts)", "erase_pairs(args, None)"),
     ("forget_me_not", "which = idx % len(prompts)", "which = (idx + 1) % len(prompts)"),
     ("forget_me_not", "predict(unet, xt, t, ", "predict(unet, eps, t, "),
     ("forget_me_not", "predict(unet, xt, t, ", "predict(unet, xt, t // 2, "),

@@ -16,14 +16,15 @@ from torch.distributions import Normal
 import baselines
 import common
 from backbones import coefficients
-from baselines import conabl, duo, erasediff, esd, forget_me_not, neggrad, siss, spm, uce
+from baselines import conabl, duo, erasediff, esd, forget_me_not, neggrad, siss, speed, spm, uce
 from gradsurgery import flat_grad
 from instance_unlearn import mse_per_sample
 
 METHODS = baselines.methods()
 CONCEPT = [name for name, module in METHODS.items() if module.TASK == "concept"]
 INSTANCE = [name for name, module in METHODS.items() if module.TASK == "instance"]
-TRAINED = [name for name in METHODS if name != "uce"]  # UCE is a closed form
+CLOSED = ("speed", "uce")  # closed forms: without training, so without its flags
+TRAINED = [name for name in METHODS if name not in CLOSED]
 # The scripts that stand for all in the default run: a closed form, one of each task
 FAST = ("uce", "conabl", "neggrad")
 REMEMBERING = [name for name in INSTANCE if name != "duo"]
@@ -133,6 +134,78 @@ def test_uce_takes_the_vectors_from_the_last_word_on(sd):
     assert torch.equal(uce.text_vectors(tokenizer, emb, text, "from"), emb[n - 2 :])
     assert torch.equal(uce.text_vectors(tokenizer, emb, text, "last"), emb[n - 2 : n - 1])
     assert tokenizer.decode(ids[n - 2]).strip() == "cat"
+
+
+def test_speed_is_the_minimum_in_the_null_space(keys):
+    """Of (W + D) c1 against W c*, and beta |D|^2, over every D with D c0 = 0 and D K2 = 0."""
+    w0, e, g, p = (x.double() for x in keys)
+    k2 = torch.cat([p[:1], random(3, 16, seed=4).double()])  # one of them is retained anyway
+    basis = speed.null_basis(p, 1e-30)
+    assert basis.shape == (16, 9) and torch.allclose(basis.T @ basis, torch.eye(9).double())
+    d = speed.edit(w0, *speed.moments(e, g), basis, k2, beta=0.3)
+    assert (d @ p.T).abs().max() < 1e-10 and (d @ k2.T).abs().max() < 1e-10
+    assert (d @ e.T).abs().max() > 0.1
+
+    # The gradient of the objective has no part in the directions that are free.
+    v = d.clone().requires_grad_()
+    errors = [((w0 + v) @ x - w0 @ y).square().sum() for x, y in zip(e, g, strict=True)]
+    objective = sum(errors) / len(errors) + 0.3 * v.square().sum()
+    gradient = torch.autograd.grad(objective, v)[0]
+    fixed = torch.linalg.qr(torch.cat([p, k2[1:]]).T)[0]  # (16, 10)
+    free = torch.eye(16).double() - fixed @ fixed.T
+    assert (gradient @ free).abs().max() < 1e-9 < gradient.abs().max()
+
+
+def test_speed_cuts_the_null_space_at_the_threshold():
+    rows = torch.diag(torch.tensor([2.0, 1.0, 0.4, 0.0])).double()  # eigenvalues 1, 1/4, 0.04, 0
+    for threshold, free in ((1e-9, 1), (0.039, 1), (0.041, 2), (0.24, 2), (0.26, 3), (2.0, 4)):
+        basis = speed.null_basis(rows, threshold)
+        p = basis @ basis.T
+        assert torch.allclose(
+            p, torch.diag(torch.tensor([4 - k <= free for k in range(4)]).double())
+        )
+
+
+def test_speed_retains_what_would_change_most():
+    """W = diag(3, 1), one concept: E is along c1; v, the direction that W shrinks most, is y."""
+    w, c1 = torch.diag(torch.tensor([3.0, 1.0])).double(), torch.tensor([[1.0, 0.0]]).double()
+    a, b = speed.moments(c1, -c1)
+    # E = -3 on x and 0 on y: (4, 1) is moved by 12, (1, 2) by 3 and (0, 5) by 0; on average, by 5.
+    rows = torch.tensor([[4.0, 1.0], [1.0, 2.0], [0.0, 5.0]]).double()
+    assert torch.equal(speed.most_changed(rows, w @ (b - a) / 2), rows[:1])
+    kept = speed.retained_rows(w, a, b, rows, torch.Generator().manual_seed(0))
+    assert torch.equal(kept[0], rows[0])
+    z = torch.randn(10, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert len(kept) == 11  # noise along y changes no length: none is above the mean, all stay
+    assert torch.allclose(kept[1:], rows[0] + z * torch.tensor([0.0, 1.0]))
+
+
+def test_speed_keeps_all_rows_where_nothing_changes():
+    """Target and anchor may be one vector: what they share with 77 tokens is all that is seen."""
+    rows = random(5, 16)
+    assert torch.equal(speed.most_changed(rows, torch.zeros(3, 16)), rows)
+
+
+def test_speed_finds_the_centres_of_clusters():
+    spots = torch.tensor([[0.0, 0.0], [9.0, 0.0], [0.0, 9.0]]).double()
+    rows = torch.cat([spots + random(3, 2, seed=k).double() / 10 for k in range(20)])
+    for seed in (0, 2):  # these begin in three clusters
+        centres = speed.kmeans(rows, 3, torch.Generator().manual_seed(seed))
+        found = centres[torch.cdist(spots, centres).argmin(1)]
+        assert torch.allclose(found, rows.view(20, 3, 2).mean(0))
+    same = speed.kmeans(torch.ones(5, 2).double(), 3, torch.Generator().manual_seed(0))
+    assert torch.equal(same, torch.ones(3, 2).double())  # empty clusters stay where they began
+
+
+def test_speed_retains_no_prompt_that_names_a_target(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("dog\nCATS\na cat\nA Cat!\n\nconcatenate\nWow! now\ndog\nbear\n")
+    flags = ["--target", "Cat", "Wow!", "--anchor", "dog", "--retain-prompts", str(file)]
+    args = speed.parse_args(flags)
+    found = speed.read_retained(args, ["dog", "dog"])
+    assert found == ["", "dog", "CATS", "concatenate", "bear"]
+    args = speed.parse_args(["--target", "Cat", "--anchor", "black cat"])
+    assert speed.read_retained(args, ["black cat"]) == ["", "black cat"]  # the anchor stays
 
 
 @torch.no_grad()
@@ -289,8 +362,8 @@ def test_duo_prefers_the_surrogate():
 
 
 def test_methods_are_the_files_of_the_folder():
-    names = {"conabl", "duo", "erasediff", "esd", "forget_me_not", "neggrad", "siss", "spm", "uce"}
-    assert names <= METHODS.keys()
+    names = {"conabl", "duo", "erasediff", "esd", "forget_me_not", "neggrad", "siss", "spm"}
+    assert names | {*CLOSED} <= METHODS.keys()
     for module in METHODS.values():
         for row in module.ROWS:
             assert (
@@ -298,7 +371,7 @@ def test_methods_are_the_files_of_the_folder():
                 <= row.keys()
                 <= {"label", "flags", "paper", "tried", "in"}
             )
-            flag, *values = row.get("tried", ("--lr", "1"))
+            flag, *values = row.get("tried", ("--seed", "1"))
             needed = ["--target", "A", "--anchor", "B"]
             needed = needed if module.TASK == "concept" else ["--forget", "a.png"]
             for value in values:  # the parser takes them all
@@ -315,7 +388,7 @@ def test_help_shows_every_default(name, capsys):
     text = capsys.readouterr().out
     assert e.value.code == 0
     assert METHODS[name].__doc__.strip().splitlines()[0] in text
-    for number in ("steps", "batch_size", "lr", "lamb"):
+    for number in ("steps", "batch_size", "lr", "lamb", "threshold", "retain_scale"):
         for preset in (METHODS[name].PAPER, METHODS[name].SMALL):
             assert number not in preset or f"{preset[number]:g}" in text
 
@@ -428,7 +501,7 @@ def test_concept_baselines_run_repeat_and_load(name, tiny, tmp_path, sd, quick):
     assert first.keys() == again.keys()
     assert all(torch.equal(first[n], again[n]) for n in first)
     differs = any(not torch.equal(first[n], other[n]) for n in first)
-    assert differs == (name in TRAINED)
+    assert differs == (name != "uce")  # which has no random numbers
     about = json.loads((tmp_path / "a/args.json").read_text())
     assert about["method"] == name
     assert about["settings"]["target"] == ["Grumpy Cat"]
@@ -639,6 +712,10 @@ BAD_INPUT = [
     ("conabl", ["--resolution", "30"], "--resolution 30"),
     ("spm", ["--target", "Cat"], "--target and --anchor are both 'Cat'"),
     ("uce", ["--out", "/proc/nowhere"], "--out /proc/nowhere cannot be written"),
+    ("uce", ["--retain-prompts", "no.txt"], "--retain-prompts no.txt: no such file"),
+    ("speed", ["--retain-prompts", "no.txt"], "--retain-prompts no.txt: no such file"),
+    ("speed", ["--threshold", "0"], "--threshold 0: expected a positive number"),
+    ("speed", ["--retain-scale", "nan"], "--retain-scale nan: expected a positive number"),
     ("forget_me_not", ["--model", "no/such-model"], "--model no/such-model cannot be loaded"),
     ("neggrad", ["--forget", "missing.png"], "--forget missing.png cannot be read"),
     ("erasediff", ["--remember", "nowhere"], "--remember nowhere: no images there"),
@@ -661,6 +738,19 @@ def test_bad_input_is_one_line(name, flags, message, tiny, tiny_ddpm, photos, tm
     with pytest.raises(SystemExit) as e:
         METHODS[name].unlearn(METHODS[name].parse_args(argv))
     assert message in str(e.value) and "\n" not in str(e.value) and e.value.code != 0
+
+
+def test_speed_needs_directions_to_edit(tiny, tmp_path):
+    """The vectors of many prompts fill all 32 dimensions of the tiny model."""
+    file = tmp_path / "prompts.txt"
+    words = [f"{a} {b}" for a in ("red", "old", "big", "wet") for b in ("dog", "sun", "tea", "car")]
+    file.write_text("\n".join([*words, *"abcdefghijklmnopqrstuvwxyz", *map(str, range(50))]))
+    flags = ["--retain-prompts", str(file), "--threshold", "1e-9"]
+    message = r"--threshold 1e-09 leaves \d of 32 directions to edit .*to_v.* expected more than 4"
+    with pytest.raises(SystemExit, match=message) as e:
+        run_concept("speed", tiny, tmp_path / "run", *flags)
+    assert "\n" not in str(e.value)
+    assert not (tmp_path / "run/delta.safetensors").exists()
 
 
 @pytest.mark.parametrize("name", REMEMBERING)

@@ -575,7 +575,15 @@ def test_prompts_of_an_object():
     rows = prompts("--target", "Grumpy Cat", "--anchor", "Cat", "--unrelated", "dog")
     by_type = {kind: [r for r in rows if r.type == kind] for kind in evaluation.PROMPT_TYPES}
     counts = {kind: len(part) for kind, part in by_type.items()}
-    assert counts == dict(target=1, paraphrase=3, ood=2, anchor=4, related=4, unrelated=4)
+    expected = dict(target=1, paraphrase=3, ood=2, composed=6, anchor=4, related=4, unrelated=4)
+    assert counts == expected
+    assert by_type["composed"][1] == (
+        "composed",
+        "Grumpy Cat",
+        "an emoji of Grumpy Cat, in the style of noto",
+        "Grumpy Cat, in the style of noto",
+        "Cat, in the style of noto",
+    )
     assert by_type["target"][0] == ("target", "Grumpy Cat", "Grumpy Cat", "Grumpy Cat", "Cat")
     assert {(r.concept, r.contrast) for r in by_type["ood"]} == {("Grumpy Cat", "Cat")}
     assert {(r.concept, r.contrast) for r in by_type["anchor"]} == {("Cat", "Grumpy Cat")}
@@ -587,6 +595,12 @@ def test_prompts_of_an_object():
 def test_prompts_of_another_model_and_of_a_style():
     rows = prompts("--target", "Grumpy Cat", "--anchor", "Cat", emoji=False)
     assert {r.type for r in rows} == {"target", "paraphrase", "anchor"}
+    styles = ["--styles", "Van Gogh"]
+    rows = prompts("--target", "Grumpy Cat", "--anchor", "Cat", *styles, emoji=False)
+    assert [r.prompt for r in rows if r.type == "composed"] == [
+        "Grumpy Cat, in the style of Van Gogh",
+        "an image of Grumpy Cat, in the style of Van Gogh",
+    ]
     flags = ["--target", "twemoji", "--anchor", "emoji", "--concept-type", "style", "--ood"]
     rows = prompts(*flags)
     assert rows[0].prompt == "cat, in the style of twemoji" and rows[0].contrast == rows[1].prompt
@@ -600,6 +614,19 @@ def test_prompts_of_another_model_and_of_a_style():
     )
     assert not [r for r in rows if r.type == "ood"]  # --ood without values
     assert {r.name for r in rows if r.type == "unrelated"} == {"noto", "fluent"}
+
+
+def test_h_is_the_harmonic_mean_and_the_worst_part_dominates():
+    def h(target, ood, related, unrelated):
+        values = dict(target=target, ood=ood, related=related, unrelated=unrelated)
+        types = {k: {"after": {"CA": v}} for k, v in values.items() if v is not None}
+        return evaluation.harmonic_mean(types)
+
+    assert h(0, 0, 100, 100) == 100
+    assert h(0, 50, 100, 100) == 80  # 4 / (1/100 + 1/50 + 1/100 + 1/100)
+    assert h(20, 0, 60, 90) == round(4 / (1 / 80 + 1 / 100 + 1 / 60 + 1 / 90), 2)
+    assert h(0, 100, 100, 100) == 0  # what nothing was forgotten of
+    assert h(0, 0, None, 100) is None and h(0, None, 100, 100) is None
 
 
 def test_two_targets_need_one_anchor_or_two():

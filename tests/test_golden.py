@@ -77,6 +77,7 @@ CASES = {
     "esd": ("baselines.esd", f"{CAT} --steps 10"),
     "forget_me_not": ("baselines.forget_me_not", f"{CAT} --steps 10"),
     "spm": ("baselines.spm", f"{CAT} --steps 6"),
+    "speed": ("baselines.speed", "--target Grumpy_Cat --anchor Cat"),
     "uce": ("baselines.uce", "--target Grumpy_Cat --anchor Cat"),
     "duo": ("baselines.duo", f"--forget {COWBOY} --steps 6 --batch-size 4"),
     "erasediff": ("baselines.erasediff", f"--forget {COWBOY} --steps 6 --batch-size 4"),
