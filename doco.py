@@ -296,10 +296,7 @@ def train(backbone, trained, latents, pairs, retained, conditions, args, run, pr
     originals = [p.detach().clone() for p in params]  # all that M_init costs
     if args.init:
         load_init(args.init, trained)  # after the copy: the anchor is what the original model knew
-    projection = None
-    if args.null_space is not None:
-        before = [p.detach().clone() for p in params]
-        projection = null_space_of_prompts(pairs, retained, conditions, args.null_space)
+    keep_prompts = null_space_projector(params, pairs, retained, conditions, args.null_space)
 
     torch.manual_seed(args.seed)  # the same D on every rank; all later draws have generators
     disc = patchgan(latents.shape[-1], latents.shape[1]).to(processes.device)
@@ -354,8 +351,7 @@ def train(backbone, trained, latents, pairs, retained, conditions, args, run, pr
                 g_r = update.g_r if project or is_logging_step else None  # measuring costs a copy
                 cos_step = optimizer_step(optimizer, params, update.g, g_r, args.lam, project)
                 stats |= {} if cos_step is None else {"cos_step": cos_step}
-                if projection is not None:
-                    project_update(params, before, projection)
+                keep_prompts()  # nothing without --null-space
             write_grad(disc.parameters(), update.g_d)
             opt_disc.step()
 
@@ -381,12 +377,17 @@ def read_statistics(stats, conflicts, processes):
     return dict(zip(stats, values, strict=True))
 
 
-def null_space_of_prompts(pairs, retained, conditions, energy):
-    """P (D, D) of --null-space: what the embeddings of the prompts to be retained leave free.
+def null_space_projector(params, pairs, retained, conditions, energy):
+    """A function that undoes what the last step changed for the prompts to be retained.
 
-    These are the empty prompt, which guidance subtracts, the anchor's prompts and --retain-prompts;
-    of each, all rows: padding carries the meaning of a prompt too. Fails if nothing is left.
+    By projecting the change of the keys and values, since this call, onto what the embeddings of
+    these prompts leave free. They are the empty prompt, which guidance subtracts, the anchor's and
+    --retain-prompts; of each, all rows: padding carries the meaning of a prompt too. energy: of
+    --null-space; None: a function that does nothing. Fails if nothing is left.
     """
+    if energy is None:
+        return lambda: None
+    before = [p.detach().clone() for p in params]
     prompts = dict.fromkeys(["", *(anchor for anchor, _ in pairs), *retained])
     rows = [conditions[prompt]["encoder_hidden_states"][0] for prompt in prompts]  # (L, D) each
     try:
@@ -398,7 +399,7 @@ def null_space_of_prompts(pairs, retained, conditions, energy):
         )
     free = projection.trace().round().int().item()
     tqdm.write(f"null space: {free} of {len(projection)} dimensions are free")
-    return projection
+    return lambda: project_update(params, before, projection)
 
 
 def sample_batches(step, latents, pairs, retained, conditions, alpha_bar, args, processes):

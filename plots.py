@@ -287,17 +287,27 @@ def trade_off(points, x_label, y_label, path, threshold=None):
         if len(seeds) > 1:
             axes.plot(xs, ys, markersize=3.5, alpha=0.6, **style)
         axes.plot(mean(xs), mean(ys), markersize=8, **style)
-    curves = {}  # {(label, group): [(x, y) of each strength]}
-    for label, group, seeds in points:
-        curves.setdefault((label, group), []).append(tuple(map(mean, zip(*seeds, strict=True))))
-    for (label, _), curve in curves.items():
-        axes.plot(*zip(*sorted(curve), strict=True), color=colours[label], linewidth=1, alpha=0.6)
+    add_curves(axes, points, colours)
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
     axes.grid(color="0.92")
     axes.set_axisbelow(True)
     add_legend(axes, colours, markers)
     save(figure, path)
+
+
+def add_curves(axes, points, colours):
+    """A line through the means of the points of one label and group, from left to right."""
+    curves = {}
+    for label, group, seeds in points:
+        xs, ys = zip(*seeds, strict=True)
+        curve = curves.setdefault((label, group), [])
+        curve.append((mean(xs), mean(ys)))
+    for (label, _), curve in curves.items():
+        curve.sort()
+        xs, ys = zip(*curve, strict=True)
+        colour = colours[label]
+        axes.plot(xs, ys, color=colour, linewidth=1)
 
 
 def assign(names, values):

@@ -19,8 +19,10 @@ it is the anchor, which is also preserved.
 
     python -m baselines.uce --target "Grumpy Cat" --anchor Cat
     python -m baselines.uce --model CompVis/stable-diffusion-v1-4 \\
-        --target Snoopy --anchor Dog --preserve Mickey Spongebob
+        --target Snoopy --anchor Dog --retain-prompts characters.txt
 """
+
+from pathlib import Path
 
 import torch
 
@@ -36,7 +38,7 @@ from baselines import (
     with_preset,
 )
 from common import pick_device
-from doco import TRAINABLE
+from doco import TRAINABLE, read_prompts
 
 TASK = "concept"
 ROWS = [
@@ -56,8 +58,8 @@ def parse_args(argv=None):
     parser = concept_parser(__file__, __doc__, PAPER, SMALL)
     add = parser.add_argument_group("method").add_argument
     add("--templates", action="store_true", help="erase the name in sentences (or --prompts) too")
-    text = "more prompts to preserve, beside the anchor and the empty prompt"
-    add("--preserve", nargs="*", default=[], metavar="PROMPT", help=text)
+    text = "more prompts to preserve, one per line, beside the anchor and the empty prompt"
+    add("--retain-prompts", type=Path, metavar="FILE", help=text)
     add("--erase-scale", type=float, default=1.0, help="a of Eq. 1")
     text = "b of Eq. 1 (without it: 1 / number of prompts to preserve, at least 0.1)"
     add("--preserve-scale", type=float, help=text)
@@ -96,10 +98,26 @@ def text_vectors(tokenizer, emb, text, which):
     return emb[last:] if which == "from" else emb[last : last + 1]
 
 
-def erase_pairs(args):
-    """[(guide, [prompts to erase])]: bare names, or the prompts of doco.py with --templates."""
+def paired_vectors(tokenizer, emb, pairs, which):
+    """k(e) and k(g) of Eq. 1, aligned at their last words: two tensors (n, in).
+
+    emb: {prompt: (77, in)}; pairs: erase_pairs(); which: "from" or "last", see text_vectors.
+    """
+    erase, guide = [], []
+    for guide_prompt, erase_prompts in pairs:
+        g = text_vectors(tokenizer, emb[guide_prompt], guide_prompt, which)
+        for prompt in erase_prompts:
+            e = text_vectors(tokenizer, emb[prompt], prompt, which)
+            n = min(len(e), len(g))  # of the longer prompt, the padding at the end has no partner
+            erase.append(e[:n])
+            guide.append(g[:n])
+    return torch.cat(erase), torch.cat(guide)
+
+
+def erase_pairs(args, sentences):
+    """[(guide, [prompts to erase])]: bare names or, with sentences, the prompts of doco.py."""
     pairs = concept_prompts(args)  # also checks --target and --anchor
-    if args.templates or args.prompts:
+    if sentences:
         return pairs
     anchors = args.anchor
     if len(anchors) == 1:
@@ -110,9 +128,12 @@ def erase_pairs(args):
 
 def unlearn(args):
     """Edits the weights; returns the run folder."""
-    pairs = erase_pairs(args)
+    pairs = erase_pairs(args, args.templates or args.prompts)
     guides = [guide for guide, _ in pairs]
-    preserved = list(dict.fromkeys(["", *guides, *args.preserve]))  # each once
+    retained = []
+    if args.retain_prompts:
+        retained = read_prompts(args.retain_prompts, "--retain-prompts", "prompt")
+    preserved = list(dict.fromkeys(["", *guides, *retained]))  # each once
     out = open_run_folder(args)
     prompts = [*preserved, *target_prompts(pairs)]
     device = pick_device(mps=False)
@@ -123,18 +144,12 @@ def unlearn(args):
 
     tokenizer = model.pipe.tokenizer
     which, which_preserved = ("last", "last") if args.last_word else ("from", "all")
-    erase, guide, preserve = [], [], []
-    for guide_prompt, erase_prompts in pairs:
-        g = text_vectors(tokenizer, emb[guide_prompt], guide_prompt, which)
-        for prompt in erase_prompts:
-            e = text_vectors(tokenizer, emb[prompt], prompt, which)
-            n = min(len(e), len(g))  # of the longer prompt, the padding at the end has no partner
-            erase.append(e[:n])
-            guide.append(g[:n])
+    erase, guide = paired_vectors(tokenizer, emb, pairs, which)
+    preserve = []
     for prompt in preserved:
         preserve.append(text_vectors(tokenizer, emb[prompt], prompt, which_preserved))
 
-    vectors = [torch.cat(rows) for rows in (erase, guide, preserve)]
+    vectors = erase, guide, torch.cat(preserve)
     scales = args.erase_scale, args.preserve_scale, args.lamb
     weights = trainable_weights(model.net, TRAINABLE["kv"])
     edited = {}

@@ -558,13 +558,13 @@ MUTANTS = {
     ),
     "no null space": (
         "null space",
-        "                    project_update(params, before, projection)\n",
-        "                    pass\n",
+        "                keep_prompts()  #",
+        "                pass  #",
     ),
     "the null space around the original weights": (
         "null space, prompts, init",
-        "project_update(params, before, projection)",
-        "project_update(params, originals, projection)",
+        "keep_prompts = null_space_projector(params,",
+        "keep_prompts = null_space_projector(originals,",
     ),
     "the null space without the empty prompt": (
         "null space",
