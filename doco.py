@@ -33,6 +33,11 @@ Run it (the first line needs nothing but this repository; it uses the small mode
 Changed, all as in the released code: D is shown x0_hat, where the paper has x_{t-1} (--disc-input
 xprev); the model's loss is the non-saturating one; the anchor's prediction is the original model's
 (Eq. 5), where Eq. 7 has the trained model's. What else the paper leaves open: docs/doco.md.
+
+Beyond the paper, --retain distill: the original model, not the noise, says what is to be retained,
+L_r = |M_init(x_t, c) - M(x_t, c)|^2, and G_r is added to Eq. 10 at the length of G_u. Why: the G_r
+of Eq. 9 is mostly noise, and so short that Eq. 10 changes next to nothing; this one is 0 until
+something is lost. c: the anchor, and the prompts of --retain-prompts.
 """
 
 import argparse
@@ -136,11 +141,16 @@ def combine_gradients(g_u, g_r, retain="cp", lam=1.0, retain_weight=1.0, project
     """
     # Eq. 10: G = G_u - lam min(0, <G_u, G_r>) / |G_r|^2 G_r. G_r itself is never added: it retains
     # the anchor by what it takes away from G_u. Adding it is the ablation "l2".
+    #
+    # "distill" does both. What Eq. 10 takes off is what would be lost in this step; what has been
+    # lost in earlier ones comes back by G_r alone. Its loss has Eq. 9's gradient on average, where
+    # M_init has learned the mean of eps given x_t; but eps itself varies around that mean far more
+    # than M differs from M_init. Stretched, because the shorter of two gradients does not count.
     projected, stats = lambda_projection(g_u, g_r, lam)
     g = projected if project == "gradient" else g_u
     if retain == "l2":
         g = g_u + g_r
-    if retain == "distill":  # Eq. 10, and G_r stretched to the length of that
+    if retain == "distill":
         g = normalized_sum(g, g_r, retain_weight)
     stats["share_r"] = (g - g_u).norm() / g.norm()
     return g, stats
@@ -537,6 +547,51 @@ def read_retain_prompts(which, tokenizer):
     return [word[:-4] for word, _ in words if re.fullmatch("[a-z]{3,}</w>", word)][:1024]
 
 
+N_RETAINED = 32  # prompts of --retain-prompts that are used, per target
+
+
+@torch.no_grad()
+def choose_retained(backbone, candidates, pairs, latents, conditions, processes):
+    """The prompts of --retain-prompts that are retained: those nearest to a target, but no names.
+
+    The nearest in the embeddings are what an erasure damages first. But one that the original model
+    understands as the target is a name of it, and would hold what is to be unlearned: its
+    prediction, at noisy anchor images, is at less than half the anchor's distance from the
+    target's. (emoji/sd, panda: synonyms and nicknames are below a quarter of it, other words above
+    0.8.) pairs: (anchor prompt, [target prompts]) of each target. latents: (N, 4, h, w).
+    """
+    n = N_RETAINED * len(pairs)
+
+    def distance(prompt):
+        """From a prompt to the nearest target, both (1, L, D)."""
+        embeddings = conditions[prompt]["encoder_hidden_states"]
+        targets = [conditions[prompts[0]]["encoder_hidden_states"] for _, prompts in pairs]
+        return min((embeddings - target).norm().item() for target in targets)
+
+    # Twice as many as needed: names are among the nearest, and each costs a pass of the network.
+    nearest = sorted(candidates, key=distance)[: 2 * n]
+
+    # The same four noisy images for all prompts: what differs is the prompt alone.
+    x0 = latents[[k % len(latents) for k in range(4)]]  # (4, 4, h, w)
+    t = torch.tensor([600, 750, 900, 980], device=x0.device)  # where prompts matter most
+    noise = torch.randn(x0.shape, generator=common.generator(0, "retain_prompts"))
+    xt = add_noise(x0, noise.to(x0.device), backbone.alpha_bar[t].view(-1, 1, 1, 1))
+
+    def predict(prompt):
+        """M_init's prediction (4, 4, h, w)."""
+        return backbone.predict(xt, t, expand_condition(conditions[prompt], len(xt)))
+
+    of_pairs = [(predict(anchor), predict(prompts[0])) for anchor, prompts in pairs]
+    chosen, names = [], []
+    for prompt in nearest:
+        eps = predict(prompt)
+        ratios = [(eps - target).norm() / (anchor - target).norm() for anchor, target in of_pairs]
+        (names if min(ratios) < 0.5 else chosen).append(prompt)
+    if processes.rank == 0 and names:
+        print(f"not retained, for the model takes them for a target: {', '.join(names)}")
+    return chosen[:n]
+
+
 def object_pairs(target, anchor, lines, emoji, one_anchor):
     """The pairs of one target: prompts with the anchor, and the same with the target in its place.
 
@@ -829,49 +884,6 @@ def anchor_latents(backbone, conditions, pairs, images, args, contents, run, pro
     if processes.rank == 0:
         common.atomic_save(cache, {"latents": latents}, metadata={"key": key})
     return latents
-
-
-N_RETAINED = 32  # prompts of --retain-prompts that are used, per target
-
-
-@torch.no_grad()
-def choose_retained(backbone, candidates, pairs, latents, conditions, processes):
-    """The prompts of --retain-prompts that are retained: those nearest to a target, but no names.
-
-    The nearest in the embeddings are what an erasure damages first. But one that the original model
-    understands as the target is a name of it, and would hold what is to be unlearned: its
-    prediction, at noisy anchor images, is at less than half the anchor's distance from the
-    target's. (emoji/sd, panda: synonyms and nicknames are below a quarter of it, other words above
-    0.8.) pairs: (anchor prompt, [target prompts]) of each target. latents: (N, 4, h, w).
-    """
-    n = N_RETAINED * len(pairs)
-
-    def distance(prompt):
-        """From a prompt to the nearest target, both (1, L, D)."""
-        embeddings = conditions[prompt]["encoder_hidden_states"]
-        targets = [conditions[prompts[0]]["encoder_hidden_states"] for _, prompts in pairs]
-        return min((embeddings - target).norm().item() for target in targets)
-
-    nearest = sorted(candidates, key=distance)[: 2 * n]
-
-    x0 = latents[[k % len(latents) for k in range(4)]]  # (4, 4, h, w)
-    t = torch.tensor([600, 750, 900, 980], device=x0.device)  # where prompts matter most
-    noise = torch.randn(x0.shape, generator=common.generator(0, "retain_prompts"))
-    xt = add_noise(x0, noise.to(x0.device), backbone.alpha_bar[t].view(-1, 1, 1, 1))
-
-    def predict(prompt):
-        """M_init's prediction (4, 4, h, w)."""
-        return backbone.predict(xt, t, expand_condition(conditions[prompt], len(xt)))
-
-    of_pairs = [(predict(anchor), predict(prompts[0])) for anchor, prompts in pairs]
-    chosen, names = [], []
-    for prompt in nearest:
-        eps = predict(prompt)
-        ratios = [(eps - target).norm() / (anchor - target).norm() for anchor, target in of_pairs]
-        (names if min(ratios) < 0.5 else chosen).append(prompt)
-    if processes.rank == 0 and names:
-        print(f"not retained, for the model takes them for a target: {', '.join(names)}")
-    return chosen[:n]
 
 
 def finish(args, run, processes):

@@ -307,7 +307,7 @@ def add_curves(axes, points, colours):
         curve.sort()
         xs, ys = zip(*curve, strict=True)
         colour = colours[label]
-        axes.plot(xs, ys, color=colour, linewidth=1)
+        axes.plot(xs, ys, color=colour)
 
 
 def assign(names, values):

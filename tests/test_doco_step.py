@@ -328,6 +328,31 @@ def test_eq_10_leaves_nothing_that_conflicts():
     assert dots[0] < -1e-2 and abs(dots[1]) < 1e-5 and dots[2] > 1e-2
 
 
+def test_distillation_has_nothing_to_say_before_anything_is_lost():
+    """Where M is M_init, G_r is 0 and G is G_u; that of Eq. 9 is all noise there.
+
+    Without Eq. 10, which would project along whatever direction rounding has left of G_r.
+    """
+    problem = make_problem(doco, CONFLICT)
+    _, net, disc, _, alpha_bar, batch_f, batch_r = problem
+    params = [p.requires_grad_() for p in (*net.to_k.parameters(), *net.to_v.parameters())]
+    step = (net, net, disc, params, alpha_bar, batch_f, batch_r)
+    distilled = doco.doco_step(*step, retain="distill", project="step")
+    plain = doco.doco_step(*step, retain="none")
+    assert distilled.g_r.norm() < 1e-6 * doco.doco_step(*step).g_r.norm()
+    close(distilled.g, plain.g, "G")
+    assert distilled.stats["share_r"] < 1e-3
+
+
+def test_the_share_of_retention_is_small_for_cp_and_large_for_distill():
+    """What the log says about it: Eq. 10 takes off a part of G_u, distillation adds its length."""
+    assert check_step(doco) < 0
+    net, original, disc, params, alpha_bar, batch_f, batch_r = make_problem(doco, CONFLICT)
+    step = (net, original, disc, params, alpha_bar, batch_f, batch_r)
+    shares = {r: doco.doco_step(*step, retain=r).stats["share_r"] for r in ("cp", "distill")}
+    assert 0 < shares["cp"] < 0.5 < shares["distill"]
+
+
 def test_a_batch_repeated_is_the_same_step():
     """Losses are means over the batch."""
     net, original, disc, params, alpha_bar, batch_f, batch_r = make_problem(doco, CONFLICT)
