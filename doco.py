@@ -751,10 +751,12 @@ def check_flags(args):
         fail(f"--stride {args.stride}: expected 1 to 999 timesteps")
     if args.stride > 1 and args.disc_input != "xprev":
         fail(f"--stride {args.stride} goes with --disc-input xprev, not {args.disc_input}")
-    if args.lam != 1 and args.retain != "cp":
-        fail(f"--lam {args.lam:g} goes with --retain cp, not with --retain {args.retain}")
-    if args.project == "step" and args.retain != "cp":
-        fail(f"--project step goes with --retain cp, not with --retain {args.retain}")
+    if args.retain not in ("cp", "distill"):  # without Eq. 10
+        other = f"goes with --retain cp or distill, not with --retain {args.retain}"
+        if args.lam != 1:
+            fail(f"--lam {args.lam:g} {other}")
+        if args.project == "step":
+            fail(f"--project step {other}")
     if args.retain_weight != 1 and args.retain != "distill":
         fail(f"--retain-weight {args.retain_weight:g} goes with --retain distill")
     if not args.retain_weight > 0:

@@ -10,6 +10,9 @@ import subprocess
 import sys
 import time
 import weakref
+from itertools import product
+from string import ascii_lowercase
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -229,8 +232,31 @@ def test_a_batch_that_cannot_be_split_is_one_line():
         (["--stride", "0", "--disc-input", "xprev"], "--stride 0: expected 1 to 999 timesteps"),
         (["--stride", "1000", "--disc-input", "xprev"], "--stride 1000: expected 1 to 999"),
         (["--stride", "20"], "--stride 20 goes with --disc-input xprev, not x0"),
-        (["--project", "step", "--retain", "l2"], "--project step goes with --retain cp, not with"),
+        (
+            ["--project", "step", "--retain", "l2"],
+            "--project step goes with --retain cp or distill, not with",
+        ),
         (["--project", "step", "--retain", "none"], "--project step goes with --retain cp"),
+        (["--retain-weight", "2"], "--retain-weight 2 goes with --retain distill"),
+        (
+            ["--retain", "distill", "--retain-weight", "0"],
+            "--retain-weight 0: expected a positive number",
+        ),
+        (
+            ["--retain-prompts", "vocabulary"],
+            "--retain-prompts goes with --retain distill or --null-space",
+        ),
+        (["--retain", "distill", "--retain-prompts", "no.txt"], "--retain-prompts no.txt: no such"),
+        (["--null-space", "0"], "--null-space 0: expected a fraction in (0, 1]"),
+        (["--null-space", "1.5"], "--null-space 1.5: expected a fraction in (0, 1]"),
+        (
+            ["--null-space", "0.9", "--train-method", "xattn"],
+            "--null-space goes with --train-method kv",
+        ),
+        (
+            ["--init", "tests", "--null-space", "0.9", "--retain-prompts", "vocabulary"],
+            "--retain-prompts vocabulary would bring back what --init unlearned; give a file",
+        ),
         (["--init", "tests"], "--init tests: no delta.safetensors there"),
         (["--model", "tests"], "--model tests: no model_index.json there"),
         (["--resolution", "30"], "--resolution 30"),
@@ -238,7 +264,7 @@ def test_a_batch_that_cannot_be_split_is_one_line():
         (["--resolution", "8"], "--resolution 8: expected at least 32"),
         (
             ["--lam", "0.5", "--retain", "l2"],
-            "--lam 0.5 goes with --retain cp, not with --retain l2",
+            "--lam 0.5 goes with --retain cp or distill, not with --retain l2",
         ),
         (["--init", "TRUNCATED"], "is corrupted"),
         (["--init", "FOREIGN"], "which is not trained here; repeat its --model"),
@@ -493,3 +519,31 @@ def test_killed_and_resumed_equals_undisturbed(tiny, tmp_path, unlearn):
     program.wait()
     assert checkpoint.exists() and not (tmp_path / "cut/delta.safetensors").exists()
     same(whole, unlearn(*flags, "--resume", out="cut"))
+
+
+def test_prompts_that_fill_all_dimensions_leave_no_null_space():
+    conditions = {p: {"encoder_hidden_states": torch.randn(1, 5, 8)} for p in ("", "cat", "tree")}
+    how = ([("cat", ["Grumpy Cat"])], ["tree"], conditions)
+    with pytest.raises(
+        SystemExit, match="3 prompts fill all dimensions of the embeddings, 8; give"
+    ):
+        doco.null_space_projector([torch.zeros(4, 8)], *how, 1.0)
+    assert doco.null_space_projector([torch.zeros(4, 8)], *how, None)() is None
+
+
+def test_words_of_the_vocabulary_are_whole_and_the_most_frequent():
+    """CLIP's numbers follow the frequency; what does not end a word, or is too short, is no word."""
+    vocabulary = {
+        "the</w>": 5,
+        "ing": 1,
+        "cat</w>": 2,
+        "a</w>": 0,
+        "<|endoftext|>": 9,
+        "dog</w>": 7,
+    }
+    tokenizer = SimpleNamespace(get_vocab=lambda: vocabulary)
+    assert doco.read_retain_prompts("vocabulary", tokenizer) == ["cat", "the", "dog"]
+    many = {f"{a}{b}{c}</w>": n for n, (a, b, c) in enumerate(product(ascii_lowercase, repeat=3))}
+    tokenizer = SimpleNamespace(get_vocab=lambda: many)
+    assert doco.read_retain_prompts("vocabulary", tokenizer) == [w[:3] for w in many][:1024]
+    assert doco.read_retain_prompts(None, tokenizer) == []

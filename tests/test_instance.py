@@ -268,6 +268,28 @@ def test_generated_images_are_saved_for_a_resumed_run(forget):
     assert load_file(run / "remember.safetensors")["remember"].shape == (5, 3, 16, 16)
 
 
+def test_noise_to_remember_is_gaussian_and_follows_the_seed(forget):
+    """With --remember-loss distill, no image of a data set is needed: nothing is read or cached."""
+    flags = ["--remember", "noise", "--remember-loss", "distill", "--num-remember", "500"]
+    seen, batches = {}, instance_unlearn.instance_step
+
+    for seed in ("0", "1"):
+        images = []
+
+        def record(predict, params, x_r, *args, images=images, **kwargs):
+            images.append(x_r)
+            return batches(predict, params, x_r, *args, **kwargs)
+
+        with pytest.MonkeyPatch.context() as m:
+            m.setattr(instance_unlearn, "instance_step", record)
+            how = ["--surrogate", "flip", "--steps", "3", "--batch-size", "64", "--seed", seed]
+            run = forget(*how, *flags, out=seed)
+        assert not (run / "remember.safetensors").exists()
+        seen[seed] = torch.cat(images)
+    assert seen["0"].mean().abs() < 0.02 and (seen["0"].std() - 1).abs() < 0.02
+    assert not torch.equal(seen["0"], seen["1"])
+
+
 # ---- does it unlearn ----------------------------------------------------------------------------
 
 
@@ -571,6 +593,7 @@ BAD_INPUT = [
     (["--surrogate-prompt", "a cat"], "--surrogate-prompt has no effect with these flags"),
     (["--noise-sigma", "50"], "--noise-sigma has no effect with these flags"),
     (["--num-remember", "5"], "--num-remember has no effect with these flags"),
+    (["--remember", "noise"], "--remember noise goes with --remember-loss distill"),
     (["--beta", "1e-4", "--constant-lambda", "0.5"], "--beta has no effect with these flags"),
     (["--out", "/proc/nowhere"], "cannot be written"),
 ]
