@@ -496,8 +496,8 @@ def prompt_pairs(targets, anchors, concept_type="object", prompts=None, emoji=Fa
     """[(anchor prompt, [target prompts])]: an entry per template and target, targets taking turns.
 
     anchors: one for all targets, or one per target. prompts: a text file of anchor prompts, one per
-    line, in place of the templates. emoji: the model knows emoji; with any other, two of twelve
-    anchor images would be emoji that nobody asked for.
+    line, in place of the templates; {} stands for any anchor. emoji: the model knows emoji; with
+    any other, two of twelve anchor images would be emoji that nobody asked for.
 
     Turns matter: anchor image j belongs to entry j modulo their number. With fewer images than
     entries, the last templates of every target go untrained, and never a whole target.
@@ -519,7 +519,8 @@ def prompt_pairs(targets, anchors, concept_type="object", prompts=None, emoji=Fa
             per_target.append(style_pairs(target, anchor, lines))
         else:
             one_anchor = len(set(anchors)) == 1  # then every line of --prompts must contain it
-            per_target.append(object_pairs(target, anchor, lines, emoji, one_anchor))
+            own = lines and [line.replace("{}", anchor) for line in lines]
+            per_target.append(object_pairs(target, anchor, own, emoji, one_anchor))
     # The first pair of each target, then the second of each, ...; zip_longest pads with None.
     return [pair for turn in zip_longest(*per_target) for pair in turn if pair]
 
@@ -671,7 +672,10 @@ def parse_args(argv=None):
     add("--anchor", nargs="+", required=True, help="anchor concept: one for all, or one per target")
     help_text = "style: the anchor is a medium, such as painting"
     add("--concept-type", choices=("object", "style"), default="object", help=help_text)
-    add("--prompts", type=Path, help="file of anchor prompts, one per line (without it: templates)")
+    help_text = (
+        "file of anchor prompts, one per line; {} stands for the anchor (without it: templates)"
+    )
+    add("--prompts", type=Path, help=help_text)
 
     add = parser.add_argument_group("model").add_argument
     add("--model", default=str(common.REPO / "emoji/sd"), help="Stable Diffusion 1.x or 2.x")

@@ -83,7 +83,8 @@ def concept_parser(file, doc, paper, small):
     add("--anchor", nargs="+", required=True, help="anchor concept: one for all, or one per target")
     help_text = "style: the anchor is a medium, such as painting"
     add("--concept-type", choices=("object", "style"), default="object", help=help_text)
-    add("--prompts", type=Path, help="file of anchor prompts, one per line (without it: templates)")
+    text = "file of anchor prompts, one per line; {} stands for the anchor (without it: templates)"
+    add("--prompts", type=Path, help=text)
 
     add = parser.add_argument_group("model").add_argument
     add("--model", default=str(REPO / "emoji/sd"), help="Stable Diffusion 1.x or 2.x")

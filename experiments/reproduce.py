@@ -367,7 +367,7 @@ def doco_balance(args):
         blocks.append(Block(heading, [], balance_rows(erased)))
     rows = balance_rows([BALANCE_STYLE], style=True)
     blocks.append(Block(f"Erasing the style {BALANCE_STYLE[0]}", [], rows))
-    return [Table("Beyond DoCo: forgetting and preservation", BALANCE_COLUMNS, blocks)]
+    return [Table("Forgetting and preservation", BALANCE_COLUMNS, blocks)]
 
 
 def sweep_rows(script, entry):

@@ -521,6 +521,20 @@ def test_killed_and_resumed_equals_undisturbed(tiny, tmp_path, unlearn):
     same(whole, unlearn(*flags, "--resume", out="cut"))
 
 
+def test_braces_in_a_file_of_prompts_stand_for_any_anchor(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("{}, in the style of glass\na photo of a {}\n")
+    pairs = doco.prompt_pairs(["Snoopy", "Tom"], ["dog", "cat"], prompts=file)
+    assert pairs[:2] == [
+        ("dog, in the style of glass", ["Snoopy, in the style of glass"]),
+        ("cat, in the style of glass", ["Tom, in the style of glass"]),
+    ]
+    assert pairs[2:] == [
+        ("a photo of a dog", ["a photo of a Snoopy"]),
+        ("a photo of a cat", ["a photo of a Tom"]),
+    ]
+
+
 def test_prompts_that_fill_all_dimensions_leave_no_null_space():
     conditions = {p: {"encoder_hidden_states": torch.randn(1, 5, 8)} for p in ("", "cat", "tree")}
     how = ([("cat", ["Grumpy Cat"])], ["tree"], conditions)
@@ -532,7 +546,7 @@ def test_prompts_that_fill_all_dimensions_leave_no_null_space():
 
 
 def test_words_of_the_vocabulary_are_whole_and_the_most_frequent():
-    """CLIP's numbers follow the frequency; what does not end a word, or is too short, is no word."""
+    """CLIP's numbers follow the frequency; what does not end a word, or is short, is no word."""
     vocabulary = {
         "the</w>": 5,
         "ing": 1,
