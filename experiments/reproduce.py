@@ -319,6 +319,8 @@ BALANCE_OBJECTS = [
 BALANCE_STYLE = ("twemoji", "emoji")
 # Concepts that no row of the table erases or reports; baselines that take a list get it, too.
 RETAIN_PROMPTS = ["--retain-prompts", "experiments/retain-prompts.txt"]
+# The templates of doco.py, and eight in styles; none of these is a style that is reported.
+STYLED_PROMPTS = ["--prompts", "experiments/prompts-styles.txt"]
 DISTILL = ["--retain", "distill"]
 
 
@@ -350,7 +352,11 @@ def balance_rows(erased, style=False):
     rows.append(Row("DoCo", balance_job(erased, **how)))
     rows.append(Row("DoCo, distill", balance_job(erased, *DISTILL, **how)))
     flags = [*DISTILL, *RETAIN_PROMPTS]
-    return [*rows, Row("DoCo, distill, prompts", balance_job(erased, *flags, **how))]
+    rows.append(Row("DoCo, distill, prompts", balance_job(erased, *flags, **how)))
+    if not style:
+        flags = [*DISTILL, *STYLED_PROMPTS]
+        rows.append(Row("DoCo, distill, styles", balance_job(erased, *flags, **how)))
+    return rows
 
 
 def doco_balance(args):

@@ -10,6 +10,7 @@ Bits depend on the processor. On another one than golden.json names, the length 
 weights is compared instead.
 """
 
+import contextlib
 import hashlib
 import importlib
 import json
@@ -52,7 +53,20 @@ CASES = {
         "doco",
         f"{CAT} --retain none --disc-input xprev --steps 10 --warmup-steps 1 --seed 3",
     ),
+    "doco-distill": (
+        "doco",
+        f"{CAT} --retain distill --retain-weight 0.5 --retain-prompts vocabulary --steps 8 "
+        "--warmup-steps 2",
+    ),
+    "doco-null-space": (
+        "doco",
+        f"{CAT} --null-space 0.9 --retain-prompts experiments/retain-prompts.txt --steps 6",
+    ),
     "instance": ("instance_unlearn", "--steps 10"),
+    "instance-distill": (
+        "instance_unlearn",
+        "--remember-loss distill --remember noise --num-remember 20 --steps 6 --batch-size 4",
+    ),
     "instance-two": (
         "instance_unlearn",
         f"--forget {COWBOY} {NERD} --surrogate flip noise --noise-sigma 50 --constant-lambda 0.97 "
@@ -199,7 +213,8 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
         runs = {name: before["runs"][name] for name in CASES if name in before["runs"]}
         for case in sys.argv[1:] or CASES:
-            runs[case] = result(run(case, Path(folder)))
+            with contextlib.redirect_stdout(sys.stderr):  # only the file goes to stdout
+                runs[case] = result(run(case, Path(folder)))
             if case in EVALUATIONS:
                 runs[case]["figures"] = evaluate(case, Path(folder) / case, Path(folder))
     print(json.dumps(before | {"cpu": cpu(), "runs": runs}, indent=1))

@@ -137,12 +137,17 @@ def test_no_retained_prompt_is_reported():
             entry = evaluation.emoji_entry(catalogue, target) or {"name": target, "synonyms": []}
             reported |= {name.lower() for name in (entry["name"], *entry["synonyms"])}
     assert not reported & set(retained)
+    # Nor do the styled prompts of training carry a style that the column "composed" reports
+    styled = (REPO / reproduce.STYLED_PROMPTS[1]).read_text().lower()
+    assert not [style for style in catalogue["styles"] if style in styled]
+    assert all("{}" in line for line in styled.splitlines())
 
 
 def test_rows_of_forgetting_and_preservation_are_sorted_by_h():
     rows = reproduce.balance_rows(reproduce.BALANCE_OBJECTS[:1])
     labels = [row.label for row in rows]
-    assert labels[-3:] == ["DoCo", "DoCo, distill", "DoCo, distill, prompts"]
+    ours = ["DoCo", "DoCo, distill", "DoCo, distill, prompts", "DoCo, distill, styles"]
+    assert labels[-4:] == ours
     assert len({row.job.name for row in rows}) == len(rows)
     with_h = {row.job.name: [{"task": "concept", "H": float(k)}] for k, row in enumerate(rows)}
     assert [row.label for row in reproduce.sorted_by_h(rows, with_h)] == labels[::-1]
