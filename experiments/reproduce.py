@@ -376,36 +376,52 @@ def doco_balance(args):
     return [Table("Forgetting and preservation", BALANCE_COLUMNS, blocks)]
 
 
-def sweep_rows(script, entry):
-    """A row per value that was tried for a method of concepts, on the first instance.
+def sweep_rows(entry, make_job):
+    """A row per value that was tried for a method of concepts. make_job: flags -> Job.
 
     Every value is named, the default too: no folder changes its meaning when a default does.
     """
     flag, *values = entry["tried"]
     rows = []
     for value in values:
-        flags = [*entry["flags"], flag, value]
-        rows.append(Row(f"{flag} {value}", balance_job(BALANCE_OBJECTS[:1], *flags, script=script)))
+        rows.append(Row(f"{flag} {value}", make_job(*entry["flags"], flag, value)))
     return rows
 
 
 def doco_rates(args):
-    """What was tried for the baselines on the grumpy cat, and DoCo as its own strength varies."""
+    """What was tried for the baselines on the grumpy cat."""
     if args.paper:
         return []
-    doco_entries = [
-        {"label": "DoCo", "flags": [], "tried": ("--lr", "1.5e-4", "3e-5", "6e-5")},
-        {
-            "label": "DoCo, distill",
-            "flags": DISTILL,
-            "tried": ("--retain-weight", "0.1", "0.3", "1", "3"),
-        },
-    ]
-    entries = [*baseline_rows("concept", "rates"), *(("doco", entry) for entry in doco_entries)]
+    three = objects(args)
+    blocks = [Block("", [], [ORIGINAL])]
+    for script, entry in baseline_rows("concept", "rates"):
+        job = functools.partial(concept_job, args, three[:1], three[1:], script=script)
+        blocks.append(Block(entry["label"], [three[0][0]], sweep_rows(entry, job)))
+    title = "The baselines' rates, tried on Grumpy Cat"
+    return [Table(title, concept_columns(three), blocks)]
+
+
+# The strengths of our own method: how fast it unlearns, how much it retains.
+DOCO_STRENGTHS = [
+    {"label": "DoCo", "flags": [], "tried": ("--lr", "3e-5", "6e-5", "1.5e-4")},
+    {
+        "label": "DoCo, distill",
+        "flags": DISTILL,
+        "tried": ("--retain-weight", "0.1", "0.3", "1", "3"),
+    },
+]
+
+
+def doco_trade_off(args):
+    """Forgetting against preservation as the strength of every method varies: a curve for each."""
+    if args.paper:
+        return []
+    entries = [*baseline_rows("concept", "rates"), *(("doco", entry) for entry in DOCO_STRENGTHS)]
     blocks = []
     for script, entry in entries:
-        blocks.append(Block(entry["label"], [], sweep_rows(script, entry)))
-    return [Table("Strengths of every method, on Grumpy Cat", BALANCE_COLUMNS, blocks)]
+        job = functools.partial(balance_job, BALANCE_OBJECTS[:1], script=script)
+        blocks.append(Block(entry["label"], [], sweep_rows(entry, job)))
+    return [Table("Forgetting against preservation, of Grumpy Cat", BALANCE_COLUMNS, blocks)]
 
 
 # ---- 3. instances -------------------------------------------------------------------------------
@@ -613,6 +629,7 @@ TABLES = {
     "instance-table5": instance_table5,
     "instance-table6": instance_table6,
     "doco-rates": doco_rates,
+    "doco-trade-off": doco_trade_off,
     "instance-rates": instance_rates,
 }
 
@@ -974,7 +991,7 @@ def plot_trade_offs(folder, name, tables, reports):
         if table.columns == BALANCE_COLUMNS:
             axes = ("CA of target and OOD prompts", "CA of related concepts")
         points = trade_off_points(table, reports)
-        if name == "doco-rates":  # there a block is a method: one curve, as its strength varies
+        if name == "doco-trade-off":  # there a block is a method: one curve, as its strength varies
             points = [(heading, "", seeds) for _, heading, seeds in points]
         # Beyond so many colours or marker shapes, rows could not be told apart
         labels, groups = (len({point[i] for point in points}) for i in (0, 1))
@@ -1221,7 +1238,7 @@ def main(args):
     args.runs = args.runs or Path("runs/paper" if args.paper else "runs/reproduce")
     os.chdir(REPO)  # the commands name files of this repository
     for name, tables in chosen_tables(args).items():
-        default_seeds = 6 if args.paper else 1 if name.endswith("rates") else 3
+        default_seeds = 6 if args.paper else 1 if name.endswith(("rates", "trade-off")) else 3
         seeds = range(args.seeds or default_seeds)
         jobs = list(jobs_of(tables).values())
         if args.dry_run:
