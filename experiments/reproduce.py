@@ -329,7 +329,8 @@ def balance_job(erased, *flags, script="doco", style=False):
     job = concept_job(
         argparse.Namespace(paper=False), erased, [], *flags, style=style, script=script
     )
-    # eval.py's own choice of unrelated concepts, which the retained prompts leave out
+    # eval.py chooses the unrelated concepts, none of which is among the retained prompts. At the
+    # papers' size, nothing is known of related concepts and OOD prompts, and there is no H.
     score = job.score[: job.score.index("--unrelated")]
     score += ["--num-images", "2" if style else "4"]
     return job._replace(name=f"balance-{job.name}", score=score)
