@@ -306,7 +306,7 @@ def train(backbone, trained, latents, pairs, retained, conditions, args, run, pr
     originals = [p.detach().clone() for p in params]  # all that M_init costs
     if args.init:
         load_init(args.init, trained)  # after the copy: the anchor is what the original model knew
-    keep_prompts = null_space_projector(params, pairs, retained, conditions, args.null_space)
+    keep_prompts = null_space_projector(params, pairs, retained, conditions, args, processes)
 
     torch.manual_seed(args.seed)  # the same D on every rank; all later draws have generators
     disc = patchgan(latents.shape[-1], latents.shape[1]).to(processes.device)
@@ -387,14 +387,15 @@ def read_statistics(stats, conflicts, processes):
     return dict(zip(stats, values, strict=True))
 
 
-def null_space_projector(params, pairs, retained, conditions, energy):
+def null_space_projector(params, pairs, retained, conditions, args, processes):
     """A function that undoes what the last step changed for the prompts to be retained.
 
     By projecting the change of the keys and values, since this call, onto what the embeddings of
     these prompts leave free. They are the empty prompt, which guidance subtracts, the anchor's and
-    --retain-prompts; of each, all rows: padding carries the meaning of a prompt too. energy: of
-    --null-space; None: a function that does nothing. Fails if nothing is left.
+    --retain-prompts; of each, all rows: padding carries the meaning of a prompt too. Without
+    --null-space, the function does nothing. Fails if nothing is left free.
     """
+    energy = args.null_space
     if energy is None:
         return lambda: None
     before = [p.detach().clone() for p in params]
@@ -407,8 +408,9 @@ def null_space_projector(params, pairs, retained, conditions, energy):
             f"--null-space {energy:g}: {len(prompts)} prompts fill all dimensions of the "
             f"embeddings, {rows[0].shape[1]}; give less, or fewer --retain-prompts"
         )
-    free = projection.trace().round().int().item()
-    tqdm.write(f"null space: {free} of {len(projection)} dimensions are free")
+    if processes.rank == 0:
+        free = projection.trace().round().int().item()
+        print(f"null space: {free} of {len(projection)} dimensions are free")
     return lambda: project_update(params, before, projection)
 
 
@@ -592,8 +594,9 @@ def choose_retained(backbone, candidates, pairs, latents, conditions, processes)
         eps = predict(prompt)
         ratios = [(eps - target).norm() / (anchor - target).norm() for anchor, target in of_pairs]
         (names if min(ratios) < 0.5 else chosen).append(prompt)
-    if processes.rank == 0 and names:
-        print(f"not retained, for the model takes them for a target: {', '.join(names)}")
+    if processes.rank == 0:
+        print(f"retained beside the anchor: {', '.join(chosen[:n])}")
+        print(f"not retained, as names of a target: {', '.join(names) or 'none'}")
     return chosen[:n]
 
 

@@ -538,11 +538,13 @@ def test_braces_in_a_file_of_prompts_stand_for_any_anchor(tmp_path):
 def test_prompts_that_fill_all_dimensions_leave_no_null_space():
     conditions = {p: {"encoder_hidden_states": torch.randn(1, 5, 8)} for p in ("", "cat", "tree")}
     how = ([("cat", ["Grumpy Cat"])], ["tree"], conditions)
+    one = SimpleNamespace(rank=0)
     with pytest.raises(
         SystemExit, match="3 prompts fill all dimensions of the embeddings, 8; give"
     ):
-        doco.null_space_projector([torch.zeros(4, 8)], *how, 1.0)
-    assert doco.null_space_projector([torch.zeros(4, 8)], *how, None)() is None
+        doco.null_space_projector([torch.zeros(4, 8)], *how, SimpleNamespace(null_space=1.0), one)
+    off = SimpleNamespace(null_space=None)
+    assert doco.null_space_projector([torch.zeros(4, 8)], *how, off, one)() is None
 
 
 def test_words_of_the_vocabulary_are_whole_and_the_most_frequent():

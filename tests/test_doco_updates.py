@@ -583,8 +583,8 @@ MUTANTS = {
     ),
     "the null space has another energy": (
         "null space, prompts, init",
-        "conditions, args.null_space)",
-        "conditions, 0.5 * args.null_space)",
+        "    energy = args.null_space\n",
+        "    energy = args.null_space and 0.5 * args.null_space\n",
     ),
     "images and prompts do not belong together": (
         "two targets",
