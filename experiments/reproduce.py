@@ -40,6 +40,7 @@ import functools
 import itertools
 import json
 import os
+import random
 import re
 import shlex
 import socket
@@ -81,6 +82,7 @@ Column = namedtuple("Column", "group metric")
 Job = namedtuple("Job", "name script flags score")
 
 ORIGINAL = Row("original", None)
+MEAN = Row("mean of the images", None)  # of the other rows of its block
 
 
 # ---- 1. jobs ------------------------------------------------------------------------------------
@@ -163,7 +165,12 @@ FOUR_FLAGS = ["--beta", "1.5e-4", "--lr", "8e-5"]
 
 
 def forget_files(args, which):
-    """([files to unlearn], [their edits, or None for the script's own surrogate])."""
+    """([files to unlearn], [their edits, or None for the script's own surrogate]).
+
+    which: a key of SMALL_IMAGES, "outside", or the name of one of CREATURES.
+    """
+    if which not in ("outside", *SMALL_IMAGES):
+        return [f"{CREATURES}/{which}.png"], None
     if args.paper:
         stems = [f"{args.data}/{name}" for name in PAPER_IMAGES[which]]
         return [f"{s}.png" for s in stems], [f"{s}-edited.png" for s in stems]
@@ -490,8 +497,10 @@ def equal_rows(args, which, recipe):
             flags = [*entry["flags"], *EQUAL_BUDGET, *recipe_flags, "--lr", rate]
             rows.append(Row(entry["label"], instance_job(args, which, *flags, script=script)))
     flags = [*recipe_flags, "--lr", rates[OURS]]  # the budget is the script's default
-    random = instance_job(args, which, "--surrogate", "random", *flags)
-    return [*rows, Row(RANDOM, random), Row(OURS, instance_job(args, which, *flags))]
+    edited_at_random = instance_job(args, which, "--surrogate", "random", *flags)
+    distilled = instance_job(args, which, *flags, *DISTILLED_FLAGS)
+    rows += [Row(RANDOM, edited_at_random), Row(OURS, instance_job(args, which, *flags))]
+    return [*rows, Row(DISTILLED, distilled)]
 
 
 def own_rows(args, which, only=None):
@@ -504,8 +513,10 @@ def own_rows(args, which, only=None):
         if only is None or entry["label"] in only:
             flags = [*entry["flags"], *entry["paper"]]
             rows.append(Row(entry["label"], instance_job(args, which, *flags, script=script)))
-    random = instance_job(args, which, "--surrogate", "random")
-    return [*rows, Row(RANDOM, random), Row(OURS, instance_job(args, which))]
+    edited_at_random = instance_job(args, which, "--surrogate", "random")
+    distilled = instance_job(args, which, *DISTILLED_FLAGS)
+    rows += [Row(RANDOM, edited_at_random), Row(OURS, instance_job(args, which))]
+    return [*rows, Row(DISTILLED, distilled)]
 
 
 def instance_table1(args):
@@ -533,6 +544,33 @@ def instance_table1(args):
     ]
 
 
+DISTILLED = "ours, distilled"
+DISTILLED_FLAGS = ["--remember-loss", "distill"]
+
+
+def instance_images(args):
+    """Twenty images drawn at random from the training set: the two targets of remembering.
+
+    By the script's defaults, which were chosen on the cowboy; none of the images that any other
+    table unlearns is among them.
+    """
+    if args.paper:
+        return []
+    stems = sorted(f.stem for f in (REPO / CREATURES).glob("*.png") if f.stem not in EDITS)
+    drawn = random.Random(0).sample(stems, 20)
+    targets = {
+        "the noise, Eq. 8": [],
+        "the original model's prediction": DISTILLED_FLAGS,
+        "the original model's prediction, for noise": [*DISTILLED_FLAGS, "--remember", "noise"],
+    }
+    blocks = []
+    for heading, flags in targets.items():
+        rows = [Row(stem, instance_job(args, stem, *flags)) for stem in drawn]
+        blocks.append(Block(f"remembering {heading}", [], [*rows, MEAN]))
+    title = "Instance unlearning: twenty images, what is remembered"
+    return [Table(title, INSTANCE_COLUMNS, blocks)]
+
+
 def instance_rates(args):
     """Every rate of TRIED_RATES under each recipe, with an equal budget."""
     if args.paper:
@@ -553,8 +591,13 @@ def instance_rates(args):
     return [Table("The rates of all methods, tried on the cowboy", INSTANCE_COLUMNS, blocks)]
 
 
-def ablation(title, rows):
-    """A table of one block, without heading. rows: [(label, job)]."""
+def ablation(args, title, rows):
+    """A table of one block, without heading. rows: [(label, job)].
+
+    Below them, our method with the distilled loss and otherwise its defaults: what the ablated
+    setting changes can be compared with what that changes.
+    """
+    rows = [*rows, (DISTILLED, instance_job(args, "one", *DISTILLED_FLAGS))]
     block = Block("", [], [Row(label, job) for label, job in rows])
     return [Table(f"Instance unlearning, {title}", INSTANCE_COLUMNS, [block])]
 
@@ -571,7 +614,7 @@ def instance_table2(args):
             # 0.7 is the default: that row is the run of the other tables
             edit = [] if s == "0.7" else ["--surrogate", "sdedit", "--strength", s]
             rows.append((f"sdedit, strength {s}", instance_job(args, "one", *edit)))
-    return ablation("Table II: how strongly the surrogate is edited", rows)
+    return ablation(args, "Table II: how strongly the surrogate is edited", rows)
 
 
 def instance_table3(args):
@@ -582,7 +625,7 @@ def instance_table3(args):
     for v in ("2e-5", "5e-5", "1e-4"):
         flags = [] if v == "5e-5" else ["--beta", v]  # 5e-5 is the default
         rows.append((f"λ = 1 - {v} t", instance_job(args, "one", *flags)))
-    return ablation("Table III: λ, constant or falling with the timestep", rows)
+    return ablation(args, "Table III: λ, constant or falling with the timestep", rows)
 
 
 def instance_table4(args):
@@ -592,7 +635,7 @@ def instance_table4(args):
         ("project g_f", instance_job(args, "one")),
         ("project g_f, g_r", instance_job(args, "one", "--surgery", "both")),
     ]
-    return ablation("Table IV: which gradient is projected", rows)
+    return ablation(args, "Table IV: which gradient is projected", rows)
 
 
 def instance_table5(args):
@@ -605,7 +648,7 @@ def instance_table5(args):
     for sigma in ("50", "150"):
         flags = ["--surrogate", "noise", "--noise-sigma", sigma]
         rows.append((f"add noise (σ = {sigma})", instance_job(args, "one", *flags)))
-    return ablation("Table V: how the surrogate is made", rows)
+    return ablation(args, "Table V: how the surrogate is made", rows)
 
 
 def instance_table6(args):
@@ -614,7 +657,7 @@ def instance_table6(args):
         ("ours, in-domain image", instance_job(args, "one")),
         ("ours, out-of-domain", instance_job(args, "outside")),
     ]
-    return ablation("Table VI: an image that the model was not trained on", rows)
+    return ablation(args, "Table VI: an image that the model was not trained on", rows)
 
 
 # ---- 4. all tables ------------------------------------------------------------------------------
@@ -631,6 +674,7 @@ TABLES = {
     "instance-table6": instance_table6,
     "doco-rates": doco_rates,
     "doco-trade-off": doco_trade_off,
+    "instance-images": instance_images,
     "instance-rates": instance_rates,
 }
 
@@ -890,7 +934,7 @@ def cell_text(row, column, mean, reports, by_type=False):
     n = digits(column)
     text = f"{mean[0]:.{n}f}"
     if row.job is None:
-        return text
+        return text + (f" ± {mean[1]:.{n}f}" if row is MEAN and mean[1] is not None else "")
     if mean[1] is not None:
         text += f" ± {mean[1]:.{n}f}"
     seeds = reports[row.job.name]
@@ -928,6 +972,9 @@ def cells(table, reports):
         columns = []
         for column in table.columns:
             means = [mean_of_row(row, column, reports) for row in block.rows]
+            # A mean of rows has a deviation too: how much the images differ.
+            if block.rows[-1] is MEAN:
+                means[-1] = summary([mean[0] for mean in means[:-1] if mean])
             pairs = list(zip(block.rows, means, strict=True))
             texts = [cell_text(row, column, mean, reports, by_type) for row, mean in pairs]
             competing = [mean if row.job else None for row, mean in pairs]

@@ -176,10 +176,10 @@ def test_every_method_has_the_same_number_of_tries_under_both_recipes():
 
 
 def test_blocks_of_equal_recipes_differ_in_the_method_alone():
-    """Steps, batch size, scheduler and timesteps are the same for all seven rows."""
+    """Steps, batch size, scheduler and timesteps are the same for all eight rows."""
     for recipe, (_, flags) in reproduce.RECIPES.items():
         rows = reproduce.equal_rows(SMALL, "one", recipe)
-        assert rows[-1].label == "ours" and len(rows) == 7
+        assert [row.label for row in rows[-2:]] == ["ours", "ours, distilled"] and len(rows) == 8
         for _, job in rows:
             args = reproduce.SCRIPTS[job.script].parse_args(job.flags)
             assert [args.lr_scheduler, args.timestep_sampling] == [flags[1], flags[3]]
@@ -200,6 +200,36 @@ def test_bad_input_is_one_line(flags, message):
     """Before anything runs."""
     with pytest.raises(SystemExit, match=message):
         reproduce.main(reproduce.parse_args(["all", *flags, "--dry-run"]))
+
+
+def test_the_twenty_images_are_drawn_and_in_no_other_table():
+    (table,) = reproduce.instance_images(SMALL)
+    images = [[row.label for row in block.rows[:-1]] for block in table.blocks]
+    assert images[0] == images[1] == images[2] and len(set(images[0])) == 20
+    other = json.dumps(
+        [
+            job.flags
+            for name in ("one", "another", "four")
+            for job in [reproduce.instance_job(SMALL, name)]
+        ]
+    )
+    assert not [stem for stem in images[0] if stem in other]
+    targets = []
+    for block in table.blocks:
+        assert block.rows[-1] is reproduce.MEAN
+        args = reproduce.instance_unlearn.parse_args(block.rows[0].job.flags)
+        targets.append((args.remember_loss, args.remember == "noise"))
+    assert targets == [("noise", False), ("distill", False), ("distill", True)]
+
+
+def test_a_row_of_means_is_over_the_rows_of_its_block():
+    jobs = [Job(name, "instance_unlearn", [], []) for name in "ab"]
+    rows = [*(Row(job.name, job) for job in jobs), reproduce.MEAN]
+    reports = {"a": [image_report([0.1], 0.9)], "b": [image_report([0.5], 0.7)]}
+    table = Table("t", [Column("", "SSIM")], [Block("", [], rows)])
+    (block,) = reproduce.cells(table, reports)
+    assert [cells[0].text for _, cells in block.rows] == ["0.900", "0.700", "0.800 ± 0.141"]
+    assert block.rows[-1][1][0].rank is None
 
 
 # ---- 2. cells by hand ---------------------------------------------------------------------------
