@@ -384,6 +384,33 @@ def doco_balance(args):
     return [Table("Forgetting and preservation", BALANCE_COLUMNS, blocks)]
 
 
+def doco_ablation(args):
+    """Each ingredient of --retain distill alone, on the concept that it was tuned on."""
+    if args.paper:
+        return []
+    # One thing at a time changes: how G_r enters, how much it counts, what is trained, and what is
+    # retained beside the anchor. The null space constrains the weights, in place of the gradient;
+    # there L_r is the paper's.
+    settings = {
+        "Eq. 10 on the noise target (DoCo)": [],
+        "distill: Eq. 10 and the normalized sum": DISTILL,
+        "the sum without Eq. 10": [*DISTILL, "--lam", "0"],
+        "Eq. 10 on AdamW's step": [*DISTILL, "--project", "step"],
+        "weight 0.3": [*DISTILL, "--retain-weight", "0.3"],
+        "weight 3": [*DISTILL, "--retain-weight", "3"],
+        "a larger rate": [*DISTILL, "--lr", "5e-4"],
+        "the whole UNet": [*DISTILL, "--train-method", "full", "--lr", "5e-5"],
+        "prompts of a list": [*DISTILL, *RETAIN_PROMPTS],
+        "prompts of a list, weight 0.3": [*DISTILL, *RETAIN_PROMPTS, "--retain-weight", "0.3"],
+        "words of the vocabulary": [*DISTILL, "--retain-prompts", "vocabulary"],
+        "null space of the list, 0.9": ["--null-space", "0.9", *RETAIN_PROMPTS],
+        "null space of the list, 0.99": ["--null-space", "0.99", *RETAIN_PROMPTS],
+    }
+    rows = [Row(label, balance_job([TUNED_OBJECT], *flags)) for label, flags in settings.items()]
+    title = f"What --retain distill is made of: erasing {TUNED_OBJECT[0]}"
+    return [Table(title, BALANCE_COLUMNS, [Block("", [], rows)])]
+
+
 def sweep_rows(entry, make_job):
     """A row per value that was tried for a method of concepts. make_job: flags -> Job.
 
@@ -666,6 +693,7 @@ TABLES = {
     "doco-table1": doco_table1,
     "doco-table3": doco_table3,
     "doco-balance": doco_balance,
+    "doco-ablation": doco_ablation,
     "instance-table1": instance_table1,
     "instance-table2": instance_table2,
     "instance-table3": instance_table3,
