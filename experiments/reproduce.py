@@ -583,6 +583,8 @@ def instance_images(args):
     """
     if args.paper:
         return []
+    # Drawn and not chosen, so that nobody can have tuned on them, and sorted first: the order of a
+    # folder's files depends on the machine.
     stems = sorted(f.stem for f in (REPO / CREATURES).glob("*.png") if f.stem not in EDITS)
     drawn = random.Random(0).sample(stems, 20)
     targets = {
