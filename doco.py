@@ -35,9 +35,9 @@ xprev); the model's loss is the non-saturating one; the anchor's prediction is t
 (Eq. 5), where Eq. 7 has the trained model's. What else the paper leaves open: docs/doco.md.
 
 Beyond the paper, --retain distill: the original model, not the noise, says what is to be retained,
-L_r = |M_init(x_t, c) - M(x_t, c)|^2, and G_r is added to Eq. 10 at the length of G_u. Why: the G_r
-of Eq. 9 is mostly noise, and so short that Eq. 10 changes next to nothing; this one is 0 until
-something is lost. c: the anchor, and the prompts of --retain-prompts.
+L_r = |M_init(x_t, c) - M(x_t, c)|^2, and G_r is added to G of Eq. 10, stretched to the length of G.
+Why: the G_r of Eq. 9 is mostly noise, nearly orthogonal to G_u, so that Eq. 10 takes off next to
+nothing; this one is 0 until something is lost. c: the anchor, and --retain-prompts.
 """
 
 import argparse
@@ -137,7 +137,7 @@ def loss_unlearn(logits_target):
 def combine_gradients(g_u, g_r, retain="cp", lam=1.0, retain_weight=1.0, project="gradient"):
     """G of G_u and G_r (n,), and 0-dim statistics: lambda_projection's, and share_r.
 
-    share_r: how much retention contributes, the length of the part of G that is not G_u, of G's.
+    share_r: what retention adds or takes off, |G - G_u| / |G|. retain: not "none".
     """
     # Eq. 10: G = G_u - lam min(0, <G_u, G_r>) / |G_r|^2 G_r. G_r itself is never added: it retains
     # the anchor by what it takes away from G_u. Adding it is the ablation "l2".
@@ -145,23 +145,23 @@ def combine_gradients(g_u, g_r, retain="cp", lam=1.0, retain_weight=1.0, project
     # "distill" does both. What Eq. 10 takes off is what would be lost in this step; what has been
     # lost in earlier ones comes back by G_r alone. Its loss has Eq. 9's gradient on average, where
     # M_init has learned the mean of eps given x_t; but eps itself varies around that mean far more
-    # than M differs from M_init. Stretched, because the shorter of two gradients does not count.
+    # than M differs from M_init. G_r is stretched, because the shorter gradient would not count.
     projected, stats = lambda_projection(g_u, g_r, lam)
     g = projected if project == "gradient" else g_u
     if retain == "l2":
         g = g_u + g_r
     if retain == "distill":
         g = normalized_sum(g, g_r, retain_weight)
-    stats["share_r"] = (g - g_u).norm() / g.norm()
+    stats["share_r"] = (g - g_u).norm() / g.norm().clamp_min(torch.finfo(g.dtype).tiny)
     return g, stats
 
 
 # x0: latents of anchor images (B, 4, h, w); noise: of the same shape; t: timesteps (B,); anchor,
 # target and retained: conditions on the prompts, whatever `predict` takes; posterior_noise: for
-# "xprev" alone. both: conditions of 2B rows, the anchor's of ForgetBatch and `retained`, for the
-# one pass of M_init that serves both; for "distill" alone.
+# "xprev" alone. anchor_and_retained: conditions of 2B rows, the anchor's of ForgetBatch, then
+# `retained`, for the one pass of M_init that predicts both; for "distill" alone.
 ForgetBatch = namedtuple("ForgetBatch", "x0 noise t anchor target posterior_noise")
-RetainBatch = namedtuple("RetainBatch", "x0 noise t retained both", defaults=[None])
+RetainBatch = namedtuple("RetainBatch", "x0 noise t retained anchor_and_retained", defaults=[None])
 
 # Flat gradients, averaged over the ranks, and 0-dim statistics. g: of M, Eq. 10 applied, or None in
 # the warm-up; g_d: of D; g_r: G_r, or None without retention.
@@ -180,7 +180,7 @@ def doco_step(
     disc_input="x0",  # or "xprev"
     stride=1,  # of "xprev"
     retain="cp",  # "cp": Eq. 10; "distill"; "l2": add G_r; "none" (the ablation of Table 3)
-    retain_weight=1.0,  # of "distill": the length of G_r, of that of G_u
+    retain_weight=1.0,  # of "distill": the length of G_r, of that of Eq. 10's result
     project="gradient",  # what Eq. 10 projects; "step": leave it to optimizer_step
     train_model=True,  # False in the warm-up
 ):
@@ -205,8 +205,8 @@ def doco_step(
     with torch.no_grad():
         if retaining and retain == "distill":  # and, in the same pass, what is to be retained
             xt_both, t_both = torch.cat([xt, xt_r]), torch.cat([batch_f.t, batch_r.t])
-            eps_both = predict_original(xt_both, t_both, batch_r.both)  # (2B, 4, h, w)
-            eps_anchor, target_r = eps_both.chunk(2)  # (B, 4, h, w) each
+            eps_both = predict_original(xt_both, t_both, batch_r.anchor_and_retained)
+            eps_anchor, target_r = eps_both.chunk(2)  # (B, 4, h, w) each, of 2B rows
         else:
             eps_anchor = predict_original(xt, batch_f.t, batch_f.anchor)  # (B, 4, h, w)
             target_r = batch_r.noise if retaining else None  # (B, 4, h, w)
@@ -299,8 +299,8 @@ def train(backbone, trained, latents, pairs, retained, conditions, args, run, pr
     """Runs the steps of DoCo on the trained weights, {name: parameter}, in place.
 
     latents: anchor images (N, 4, h, w), image j from entry j mod len(pairs) of the prompt pairs.
-    conditions: {prompt: condition}. args: the flags, their defaults filled in. Resumes a run that
-    has a checkpoint; writes the log every ten steps.
+    retained: prompts, from choose_retained. conditions: {prompt: condition}. args: the flags, their
+    defaults filled in. Resumes a run that has a checkpoint; writes the log every ten steps.
     """
     params = list(trained.values())
     originals = [p.detach().clone() for p in params]  # all that M_init costs
@@ -441,7 +441,7 @@ def sample_batches(step, latents, pairs, retained, conditions, alpha_bar, args, 
     # at a noisy image of the anchor all the same: M_init says what to predict there. The rows that
     # keep the anchor move from step to step, so that all processes see it.
     prompts_r = [pairs[j % len(pairs)][0] for j in idx_r]
-    if retained:
+    if retained and args.retain == "distill":
         picks = torch.randint(len(retained), (n,), generator=g)[rows].tolist()
         first = step + (rows.start or 0)
         for i, pick in enumerate(picks):
@@ -539,32 +539,47 @@ def read_prompts(path, flag="--prompts", what="anchor prompt"):
     return lines
 
 
-def read_retain_prompts(which, tokenizer):
-    """The candidates of --retain-prompts: a file's lines, the vocabulary's words, or []."""
+def read_retain_prompts(which, targets, tokenizer=None):
+    """The candidates of --retain-prompts, without those that contain a target's name.
+
+    A file's lines; for "vocabulary", the tokenizer's words; for None, none. Each once.
+    """
     if which is None:
         return []
-    if which != "vocabulary":
-        return read_prompts(Path(which), "--retain-prompts", "prompt")
-    # Whole words, which end with </w> in CLIP's vocabulary, and of these the 1,024 most frequent:
-    # its numbers follow the frequency.
-    words = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
-    return [word[:-4] for word, _ in words if re.fullmatch("[a-z]{3,}</w>", word)][:1024]
+    if str(which) == "vocabulary":
+        # What ends with </w> in CLIP's vocabulary ends a word: words, and last pieces of others. Of
+        # these the 1,024 most frequent, for its numbers follow the frequency.
+        ordered = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+        words = [word for word, _ in ordered if re.fullmatch("[a-z]{3,}</w>", word)]
+        prompts = [word.removesuffix("</w>") for word in words][:1024]
+    else:
+        prompts = read_prompts(Path(which), "--retain-prompts", "prompt")
+    # What the model understands as a target is dropped later, by choose_retained. That finds bare
+    # names, and not what has other things in it ("panda, in the style of twemoji"): so here goes
+    # whatever names it.
+    for target in targets:
+        name = re.compile(rf"(?<!\w){re.escape(target)}(?!\w)", re.IGNORECASE)
+        prompts = [prompt for prompt in prompts if not name.search(prompt)]
+    if not prompts:
+        fail(f"--retain-prompts {which}: no prompt is left that does not name a target")
+    return list(dict.fromkeys(prompts))
 
 
-# Prompts of --retain-prompts that are used, per target. A step has six rows for them: of 180, each
-# would come up too rarely to be retained (flag of Japan: other flags 56 %, of the nearest 32 69 %).
+# Prompts of --retain-prompts that are used, per target. A step has six rows for them (at a batch of
+# 8): each of 180 would come up too rarely to be retained.
 N_RETAINED = 32
 
 
 @torch.no_grad()
 def choose_retained(backbone, candidates, pairs, latents, conditions, processes):
-    """The prompts of --retain-prompts that are retained: those nearest to a target, but no names.
+    """Returns the candidates that are retained: those nearest to a target, but no names of it.
 
     The nearest in the embeddings are what an erasure damages first. But one that the original model
     understands as the target is a name of it, and would hold what is to be unlearned: its
     prediction, at noisy anchor images, is at less than half the anchor's distance from the
-    target's. (emoji/sd, panda: synonyms and nicknames are below a quarter of it, other words above
-    0.8.) pairs: (anchor prompt, [target prompts]) of each target. latents: (N, 4, h, w).
+    target's. (emoji/sd, panda: at 0.02 to 0.3 of it for synonyms and most nicknames, at 0.8 or more
+    for other animals. Near the limit, the draw of the images decides.) Fails if none is left.
+    pairs: (anchor prompt, [target prompts]) of each target. latents: (N, 4, h, w).
     """
     n = N_RETAINED * len(pairs)
 
@@ -597,6 +612,8 @@ def choose_retained(backbone, candidates, pairs, latents, conditions, processes)
     if processes.rank == 0:
         print(f"retained beside the anchor: {', '.join(chosen[:n])}")
         print(f"not retained, as names of a target: {', '.join(names) or 'none'}")
+    if not chosen:
+        fail("--retain-prompts: the model takes every prompt for the target; expected others")
     return chosen[:n]
 
 
@@ -708,7 +725,7 @@ def parse_args(argv=None):
     help_text = "Table 3: no retention, adding G_r (L2), or Eq. 10 (concept-preserving gradient); "
     help_text += "distill: the original model's predictions are retained"
     add("--retain", choices=("none", "l2", "cp", "distill"), default="cp", help=help_text)
-    help_text = "of --retain distill: length of the retain gradient, of the unlearning gradient's"
+    help_text = "of --retain distill: length of the retain gradient, of that of Eq. 10"
     add("--retain-weight", type=float, default=1.0, help=help_text)
     help_text = "of distill and --null-space, beside the anchor: prompts to be retained, one per "
     help_text += "line of a file; vocabulary: words of the tokenizer"
@@ -801,6 +818,8 @@ def unlearn(args):
     emoji = is_embedded(args.model)
     pairs = prompt_pairs(args.target, args.anchor, args.concept_type, args.prompts, emoji)
     check_flags(args)
+    if args.retain_prompts and args.retain_prompts != "vocabulary":  # that needs the tokenizer
+        read_retain_prompts(args.retain_prompts, args.target)  # or fails
     out = args.out or Path("runs") / common.run_name("doco", args.target)
     run = common.open_run(out, ["delta.safetensors"], args.resume, processes)
 
@@ -819,7 +838,7 @@ def unlearn(args):
     check_coverage(pairs, images["num_images"], len(args.target), warn=processes.rank == 0)
 
     # Each prompt is encoded once; then the text encoder leaves the memory.
-    others = read_retain_prompts(args.retain_prompts, backbone.pipe.tokenizer)
+    others = read_retain_prompts(args.retain_prompts, args.target, backbone.pipe.tokenizer)
     prompts = ["", *(anchor for anchor, _ in pairs), *(t for _, ts in pairs for t in ts), *others]
     conditions = backbone.encode_prompts(dict.fromkeys(prompts), processes.device)
     backbone.to(processes.device)
@@ -844,6 +863,9 @@ def unlearn(args):
     backbone.pipe = None  # the VAE leaves the memory; the UNet stays
     how = (pairs[: len(args.target)], latents, conditions, processes)  # each target's first pair
     retained = choose_retained(backbone, others, *how) if others else []
+    # The embeddings of the others leave the memory: of 1,024 words, 240 MB for Stable Diffusion.
+    for prompt in set(others) - {*retained, *(p for anchor, ts in pairs for p in (anchor, *ts))}:
+        del conditions[prompt]
 
     # What is trained. The rest of the UNet needs no gradient.
     pattern = re.compile(TRAINABLE[args.train_method])

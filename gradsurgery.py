@@ -15,8 +15,8 @@ out: it would undo what is to be retained.
     orthograd           OrthoGrad (arXiv 2503.02312): project out the span of several retain
                         gradients
 
-The last two functions constrain the weights instead, for linear layers whose inputs are known (keys
-and values of the cross-attention: their inputs are the embeddings of prompts).
+Two more constrain the weights instead, for linear layers whose inputs are known (keys and values of
+the cross-attention: their inputs are the embeddings of prompts).
 
     null_space          the projection onto what a set of embeddings leaves free (AlphaEdit,
                         arXiv 2410.02355)
@@ -135,8 +135,8 @@ def normalized_sum(g_f, g_r, weight=1.0):
     """g_f + weight |g_f| / |g_r| g_r: the retain gradient at `weight` times the length of g_f.
 
     After NGDiff (Bu et al. 2024): g_f / |g_f| + g_r / |g_r| for two losses that are both lowered,
-    here at the scale of g_f. g_f and g_r are flat vectors (n,), the result too. No factor is larger
-    than 1,000: a shorter g_r is rounding, as in the first step of a distillation, where the two
+    here at the scale of g_f. g_f and g_r are flat vectors (n,), the result too. The quotient is at
+    most 1,000: a shorter g_r is rounding, as in the first step of a distillation, where the two
     models are still the same.
     """
     norm_f = g_f.norm()
@@ -152,12 +152,12 @@ def orthograd(g_f, g_rs):
     orthogonal to all of them, whether they conflict or agree. Subtracting the component along one
     after the other would not do: taking off the second brings back some of the first.
     """
-    q, r = torch.linalg.qr(g_rs)  # (n, k), (k, k)
-    # A column that depends on those before it has a zero on the diagonal of R, and an arbitrary
-    # direction in Q.
-    pivots = r.diagonal().abs()  # (k,)
-    q = q * (pivots > 1e-5 * g_rs.norm(dim=0).clamp_min(torch.finfo(r.dtype).tiny))  # (n, k)
-    return g_f - q @ (q.T @ g_f)
+    # Columns of one length, and an SVD where the paper has QR: columns that depend on each other,
+    # or are zero, give QR arbitrary directions. Here they have a singular value of 0.
+    tiny = torch.finfo(g_rs.dtype).tiny
+    u, s, _ = torch.linalg.svd(g_rs / g_rs.norm(dim=0).clamp_min(tiny), full_matrices=False)
+    u = u[:, s > 1e-5 * s[0]]  # (n, rank)
+    return g_f - u @ (u.T @ g_f)
 
 
 def null_space(embeddings, energy):
@@ -168,7 +168,7 @@ def null_space(embeddings, energy):
     an eigenvalue). With energy = 1 and a weight change D, D P maps every row to 0. Raises
     ValueError if nothing is left.
     """
-    x = embeddings.double()
+    x = embeddings.cpu().double()  # once per run; MPS has no double precision
     squares, u = torch.linalg.eigh(x.T @ x)  # (d,), ascending, and (d, d)
     # Summed from the smallest on: these are left free as long as they hold 1 - energy at most.
     # Below the rounding of the largest, a square is 0.
@@ -177,15 +177,15 @@ def null_space(embeddings, energy):
     if not free.any():
         raise ValueError(f"null_space: embeddings fill all {len(u)} dimensions at energy {energy}")
     u = u[:, free]  # (d, number of free directions)
-    return (u @ u.T).to(embeddings.dtype)
+    return (u @ u.T).to(embeddings)  # of its dtype, on its device
 
 
 def project_update(params, originals, projection):
     """W <- W_0 + (W - W_0) P in place, for each W (out, d) of params; after optimizer.step().
 
-    So W x stays W_0 x for all x with P x = 0, whatever the optimizer did. Projecting the gradient
-    instead (G <- G P) would do for SGD alone: Adam divides it entry by entry, which leaves the
-    span of P, and weight decay pulls at W itself.
+    So W x stays W_0 x, up to rounding, for all x with P x = 0, whatever the optimizer did.
+    Projecting the gradient instead (G <- G P) would do for SGD alone: Adam divides it entry by
+    entry, which leaves the span of P, and weight decay pulls at W itself.
     """
     with torch.no_grad():
         for p, original in zip(params, originals, strict=True):

@@ -43,7 +43,6 @@ first, is left out.
         --target Snoopy --anchor Dog --retain-prompts characters.txt
 """
 
-import re
 import sys
 from pathlib import Path
 
@@ -61,7 +60,7 @@ from baselines import (
 )
 from baselines.uce import erase_pairs, paired_vectors, text_vectors
 from common import fail, generator, pick_device
-from doco import TRAINABLE, read_prompts
+from doco import TRAINABLE, read_retain_prompts
 
 TASK = "concept"
 ROWS = [
@@ -184,12 +183,7 @@ def edit(weight, a, b, basis, invariant, beta):
 
 def read_retained(args, guides):
     """The prompts to retain: the empty one, the anchors, --retain-prompts without the targets."""
-    lines = []
-    if args.retain_prompts:
-        lines = read_prompts(args.retain_prompts, "--retain-prompts", "prompt")
-    for target in args.target:
-        name = re.compile(rf"(?<!\w){re.escape(target)}(?!\w)", re.IGNORECASE)
-        lines = [line for line in lines if not name.search(line)]
+    lines = read_retain_prompts(args.retain_prompts, args.target)
     return list(dict.fromkeys(["", *guides, *lines]))  # each once
 
 

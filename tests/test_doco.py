@@ -558,8 +558,20 @@ def test_words_of_the_vocabulary_are_whole_and_the_most_frequent():
         "dog</w>": 7,
     }
     tokenizer = SimpleNamespace(get_vocab=lambda: vocabulary)
-    assert doco.read_retain_prompts("vocabulary", tokenizer) == ["cat", "the", "dog"]
+    assert doco.read_retain_prompts("vocabulary", ["Tom"], tokenizer) == ["cat", "the", "dog"]
     many = {f"{a}{b}{c}</w>": n for n, (a, b, c) in enumerate(product(ascii_lowercase, repeat=3))}
     tokenizer = SimpleNamespace(get_vocab=lambda: many)
-    assert doco.read_retain_prompts("vocabulary", tokenizer) == [w[:3] for w in many][:1024]
-    assert doco.read_retain_prompts(None, tokenizer) == []
+    assert (
+        doco.read_retain_prompts("vocabulary", ["Tom"], tokenizer) == [w[:3] for w in many][:1024]
+    )
+    assert doco.read_retain_prompts("vocabulary", ["Dog"], tokenizer)[:1] == ["aaa"]
+    assert doco.read_retain_prompts(None, ["Tom"]) == []
+
+
+def test_retained_prompts_do_not_name_a_target(tmp_path):
+    """Whole words alone, in any case; each line once; and none left is a mistake."""
+    file = tmp_path / "retained.txt"
+    file.write_text("a Panda in the snow\nbear\npandas\nbear\nfox\n")
+    assert doco.read_retain_prompts(file, ["panda", "fox"]) == ["bear", "pandas"]
+    with pytest.raises(SystemExit, match="no prompt is left that does not name a target"):
+        doco.read_retain_prompts(file, ["panda", "fox", "bear", "pandas"])

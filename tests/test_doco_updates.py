@@ -54,7 +54,8 @@ STYLE_PAIRS = [
         ],
     )
 ]
-RETAINED = ["one tree", "a photo of a Grumpy Cat", "a yellow submarine", "a black cat"]
+# The third is the target to the model (spaces do not count there), but not to the test of its name.
+RETAINED = ["one tree", "a yellow submarine", "a photo of a Grumpy  Cat", "a black cat"]
 WITH_PROMPTS = ["--retain-prompts", "RETAINED", "--retain-weight", "0.4"]
 OF_CATS = ["--target", "Grumpy Cat", "--anchor", "Cat"]
 OF_BOTH = ["--target", "Tom", "Snoopy", "--anchor", "cat", "dog"]
@@ -256,7 +257,7 @@ class Recomputation:
         idx, idx_r = torch.randint(N_IMAGES, (2, BATCH), generator=g)
         t, t_r = torch.randint(1000, (2, BATCH), generator=g)
         noise, noise_r, posterior_noise = torch.randn(3, BATCH, 4, 16, 16, generator=g)
-        if self.retained:
+        if self.retained and self.args.retain == "distill":
             picks = torch.randint(len(self.retained), (BATCH,), generator=g)
         losses = {"u": 0, "r": 0, "d": 0}
         for b in range(BATCH):
@@ -279,7 +280,7 @@ class Recomputation:
             a_r = self.a_bar[t_r[b]]
             x_r = a_r.sqrt() * self.latents[idx_r[b]] + (1 - a_r).sqrt() * noise_r[b]
             prompt_r = self.pairs[idx_r[b] % len(self.pairs)][0]
-            if self.retained and (step + b) % 4 > 0:
+            if self.retained and self.args.retain == "distill" and (step + b) % 4 > 0:
                 prompt_r = self.retained[picks[b]]
             eps_r = self.net(x_r[None], t_r[b], self.embeddings[prompt_r]).sample[0]
             aim = noise_r[b]  # Eq. 9
@@ -534,7 +535,16 @@ MUTANTS = {
         "(eps - target).norm() / (anchor",
         "(eps - anchor).norm() / (anchor",
     ),
-    "retained prompts are not used": ("distill, prompts", "    if retained:\n", "    if False:\n"),
+    "retained prompts are not used": (
+        "distill, prompts",
+        "    if retained and args.retain",
+        "    if False and args.retain",
+    ),
+    "retained prompts beside the noise target": (
+        "null space, prompts, init",
+        'if retained and args.retain == "distill":',
+        "if retained:",
+    ),
     "retained prompts in every row": ("distill, prompts", "if (first + i) % 4:", "if True:"),
     "the anchor in every fourth step": (
         "distill, prompts",

@@ -221,6 +221,12 @@ def test_orthograd_with_one_gradient_projects_and_with_dependent_ones_takes_off_
     torch.testing.assert_close(one, lambda_projection(g_f, g_r)[0], rtol=1e-4, atol=1e-6)
     thrice = torch.stack([g_r, -2 * g_r, torch.zeros_like(g_r)], dim=1)  # of rank one
     torch.testing.assert_close(orthograd(g_f, thrice), one, rtol=1e-4, atol=1e-6)
+    # Dependent and zero columns in front of another one, and of other lengths
+    a, b = torch.randn(2, 1000, generator=torch.Generator().manual_seed(1))
+    for columns in ([a, 3 * a, 1e-3 * b], [torch.zeros_like(a), a, b], [b, a, a + b]):
+        g = orthograd(g_f, torch.stack(columns, dim=1))
+        assert abs(cosine(g, a)) < 1e-5 and abs(cosine(g, b)) < 1e-5
+    assert orthograd(g_f[:2], torch.randn(2, 5)).norm() < 1e-5  # more gradients than weights
 
 
 def test_null_space_by_hand_and_by_an_svd():
