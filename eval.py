@@ -297,6 +297,8 @@ def concept_prompts(args, emoji):
             f"{len(args.target)} targets but {len(anchors)} anchors; "
             f"give one --anchor for all, or one each"
         )
+    if args.styles and args.concept_type == "style":
+        fail("--styles goes with --concept-type object: a style is not composed with another")
     templates = read_templates(args.templates, emoji)
     rows = []
     for target, anchor in zip(args.target, anchors, strict=True):

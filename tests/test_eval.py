@@ -629,6 +629,12 @@ def test_h_is_the_harmonic_mean_and_the_worst_part_dominates():
     assert h(0, 0, None, 100) is None and h(0, None, 100, 100) is None
 
 
+def test_a_style_is_not_composed_with_styles():
+    flags = ["--target", "twemoji", "--anchor", "emoji", "--concept-type", "style"]
+    with pytest.raises(SystemExit, match="--styles goes with --concept-type object"):
+        prompts(*flags, "--styles", "noto")
+
+
 def test_two_targets_need_one_anchor_or_two():
     rows = prompts("--target", "panda", "fox", "--anchor", "bear", emoji=False)
     assert len(rows) == len(set(rows)) == 2 * (4 + 4)  # the anchor's have two contrast concepts
