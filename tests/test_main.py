@@ -80,7 +80,7 @@ def test_doco_lowers_the_accuracy_of_the_target(folder, concept):
     report = json.loads((run / "report.json").read_text())
     types = report["prompt_types"]
     assert report["target"] == ["Grumpy Cat"]
-    assert types.keys() == {"target", "paraphrase", "ood", "anchor", "related", "unrelated"}
+    assert types.keys() == set(evaluation.PROMPT_TYPES)
     before, after = types["target"]["before"], types["target"]["after"]
     assert before["CA"] > 90 and after["CA"] < before["CA"] - 40
     assert after["CS"] < before["CS"] - 30

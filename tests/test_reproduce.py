@@ -369,8 +369,8 @@ def test_instance_table4_at_reduced_size(small, tmp_path, monkeypatch):
     reports = {}
     for file in (tmp_path / "runs").glob("*/report.json"):
         reports[file.parent.name] = json.loads(file.read_text())
-    names = ("instance-one-0", "instance-one-surgery-none-0", "instance-one-surgery-both-0")
-    assert reports.keys() == set(names)
+    names = ["instance-one-0", "instance-one-surgery-none-0", "instance-one-surgery-both-0"]
+    assert reports.keys() == {*names, "instance-one-remember-loss-distill-0"}
     for report in reports.values():
         assert f"{report['ssim']:.3f}" in text and f"{report['fid_real']:.2f}" in text
     assert "--surgery both --seed 0" in text and "no projection" in text
