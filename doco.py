@@ -180,7 +180,7 @@ def doco_step(
     disc_input="x0",  # or "xprev"
     stride=1,  # of "xprev"
     retain="cp",  # "cp": Eq. 10; "distill"; "l2": add G_r; "none" (the ablation of Table 3)
-    retain_weight=1.0,  # of "distill": the length of G_r, of that of Eq. 10's result
+    retain_weight=1.0,  # of "distill": length of the added G_r, relative to Eq. 10's result
     project="gradient",  # what Eq. 10 projects; "step": leave it to optimizer_step
     train_model=True,  # False in the warm-up
 ):
@@ -306,7 +306,7 @@ def train(backbone, trained, latents, pairs, retained, conditions, args, run, pr
     originals = [p.detach().clone() for p in params]  # all that M_init costs
     if args.init:
         load_init(args.init, trained)  # after the copy: the anchor is what the original model knew
-    keep_prompts = null_space_projector(params, pairs, retained, conditions, args, processes)
+    project_weights = null_space_projector(params, pairs, retained, conditions, args, processes)
 
     torch.manual_seed(args.seed)  # the same D on every rank; all later draws have generators
     disc = patchgan(latents.shape[-1], latents.shape[1]).to(processes.device)
@@ -361,11 +361,12 @@ def train(backbone, trained, latents, pairs, retained, conditions, args, run, pr
                 g_r = update.g_r if project or is_logging_step else None  # measuring costs a copy
                 cos_step = optimizer_step(optimizer, params, update.g, g_r, args.lam, project)
                 stats |= {} if cos_step is None else {"cos_step": cos_step}
-                keep_prompts()  # nothing without --null-space
+                project_weights()  # nothing without --null-space
             write_grad(disc.parameters(), update.g_d)
             opt_disc.step()
 
-            conflicts += [stats["conflict"]] if "conflict" in stats else []
+            if "conflict" in stats:
+                conflicts.append(stats["conflict"])
             if is_logging_step:
                 log.append({"step": step} | read_statistics(stats, conflicts, processes))
                 conflicts = []
@@ -398,6 +399,8 @@ def null_space_projector(params, pairs, retained, conditions, args, processes):
     energy = args.null_space
     if energy is None:
         return lambda: None
+    # Not M_init's weights: with --init, what was unlearned earlier stays unlearned. The prompts, each
+    # once: several targets may share an anchor.
     before = [p.detach().clone() for p in params]
     prompts = dict.fromkeys(["", *(anchor for anchor, _ in pairs), *retained])
     rows = [conditions[prompt]["encoder_hidden_states"][0] for prompt in prompts]  # (L, D) each
@@ -577,8 +580,8 @@ def choose_retained(backbone, candidates, pairs, latents, conditions, processes)
     The nearest in the embeddings are what an erasure damages first. But one that the original model
     understands as the target is a name of it, and would hold what is to be unlearned: its
     prediction, at noisy anchor images, is at less than half the anchor's distance from the
-    target's. (emoji/sd, panda: at 0.02 to 0.3 of it for synonyms and most nicknames, at 0.8 or more
-    for other animals. Near the limit, the draw of the images decides.) Fails if none is left.
+    target's. Synonyms and nicknames are far below that limit, other concepts around the whole
+    distance; for the nearest relatives the draw of the images may decide. Fails if none is left.
     pairs: (anchor prompt, [target prompts]) of each target. latents: (N, 4, h, w).
     """
     n = N_RETAINED * len(pairs)
@@ -608,7 +611,10 @@ def choose_retained(backbone, candidates, pairs, latents, conditions, processes)
     for prompt in nearest:
         eps = predict(prompt)
         ratios = [(eps - target).norm() / (anchor - target).norm() for anchor, target in of_pairs]
-        (names if min(ratios) < 0.5 else chosen).append(prompt)
+        if min(ratios) < 0.5:
+            names.append(prompt)
+        else:
+            chosen.append(prompt)
     if processes.rank == 0:
         print(f"retained beside the anchor: {', '.join(chosen[:n])}")
         print(f"not retained, as names of a target: {', '.join(names) or 'none'}")
@@ -725,13 +731,13 @@ def parse_args(argv=None):
     help_text = "Table 3: no retention, adding G_r (L2), or Eq. 10 (concept-preserving gradient); "
     help_text += "distill: the original model's predictions are retained"
     add("--retain", choices=("none", "l2", "cp", "distill"), default="cp", help=help_text)
-    help_text = "of --retain distill: length of the retain gradient, of that of Eq. 10"
+    help_text = "of --retain distill: length of the retain gradient, relative to Eq. 10's result"
     add("--retain-weight", type=float, default=1.0, help=help_text)
     help_text = "of distill and --null-space, beside the anchor: prompts to be retained, one per "
     help_text += "line of a file; vocabulary: words of the tokenizer"
     add("--retain-prompts", metavar="FILE|vocabulary", help=help_text)
-    help_text = "fraction in (0, 1] of the energy of the embeddings of the prompts to be retained "
-    help_text += "whose keys and values stay as they are"
+    help_text = "keeps keys and values as they are in the main directions of the embeddings of the "
+    help_text += "prompts to be retained: those that hold this fraction of their energy, in (0, 1]"
     add("--null-space", type=float, metavar="ENERGY", help=help_text)
     help_text = "what Eq. 10 is applied to: the gradient, as in the paper, or AdamW's step"
     add("--project", choices=("gradient", "step"), default="gradient", help=help_text)

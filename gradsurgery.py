@@ -139,9 +139,10 @@ def normalized_sum(g_f, g_r, weight=1.0):
     most 1,000: a shorter g_r is rounding, as in the first step of a distillation, where the two
     models are still the same.
     """
-    norm_f = g_f.norm()
+    norm_f, norm_r = g_f.norm(), g_r.norm()
+    norm_r = torch.maximum(norm_r, norm_f / 1000)
     tiny = torch.finfo(g_f.dtype).tiny
-    scale = norm_f / torch.maximum(g_r.norm(), norm_f / 1000).clamp_min(tiny)  # 0-dim, <= 1000
+    scale = norm_f / norm_r.clamp_min(tiny)  # 0-dim, at most 1000
     return g_f + weight * scale * g_r
 
 
@@ -155,7 +156,8 @@ def orthograd(g_f, g_rs):
     # Columns of one length, and an SVD where the paper has QR: columns that depend on each other,
     # or are zero, give QR arbitrary directions. Here they have a singular value of 0.
     tiny = torch.finfo(g_rs.dtype).tiny
-    u, s, _ = torch.linalg.svd(g_rs / g_rs.norm(dim=0).clamp_min(tiny), full_matrices=False)
+    columns = g_rs / g_rs.norm(dim=0).clamp_min(tiny)
+    u, s, _ = torch.linalg.svd(columns, full_matrices=False)
     u = u[:, s > 1e-5 * s[0]]  # (n, rank)
     return g_f - u @ (u.T @ g_f)
 
@@ -172,7 +174,8 @@ def null_space(embeddings, energy):
     squares, u = torch.linalg.eigh(x.T @ x)  # (d,), ascending, and (d, d)
     # Summed from the smallest on: these are left free as long as they hold 1 - energy at most.
     # Below the rounding of the largest, a square is 0.
-    squares = squares * (squares > squares[-1] * len(squares) * torch.finfo(x.dtype).eps)
+    rounding = squares[-1] * len(squares) * torch.finfo(x.dtype).eps
+    squares = squares * (squares > rounding)
     free = squares.cumsum(0) <= (1 - energy) * squares.sum()  # (d,)
     if not free.any():
         raise ValueError(f"null_space: embeddings fill all {len(u)} dimensions at energy {energy}")

@@ -336,7 +336,7 @@ def make_surrogate(kind, x, k, backbone, sample, timesteps, condition, args):
 
 # ---- 4. the remember set ------------------------------------------------------------------------
 # Images of a data set, or samples of the model itself. No image to forget may be among them: it
-# would be learned and unlearned at once. With --remember-loss distill, plain noise will do as well.
+# would be learned and unlearned at once. With --remember-loss distill, noise may stand in for them.
 
 
 def drop_near_duplicates(samples, x_f, reference, floor=0):

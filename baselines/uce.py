@@ -38,7 +38,7 @@ from baselines import (
     with_preset,
 )
 from common import pick_device
-from doco import TRAINABLE, read_prompts
+from doco import TRAINABLE, read_retain_prompts
 
 TASK = "concept"
 ROWS = [
@@ -130,9 +130,7 @@ def unlearn(args):
     """Edits the weights; returns the run folder."""
     pairs = erase_pairs(args, args.templates or args.prompts)
     guides = [guide for guide, _ in pairs]
-    retained = []
-    if args.retain_prompts:
-        retained = read_prompts(args.retain_prompts, "--retain-prompts", "prompt")
+    retained = read_retain_prompts(args.retain_prompts, args.target)
     preserved = list(dict.fromkeys(["", *guides, *retained]))  # each once
     out = open_run_folder(args)
     prompts = [*preserved, *target_prompts(pairs)]

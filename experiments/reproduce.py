@@ -953,8 +953,7 @@ def ranks(means, column, erased):
 def cell_text(row, column, mean, reports, by_type=False):
     """A cell: "mean ± deviation", or "before → mean ± deviation" where the rows' befores differ.
 
-    by_type: all columns are by prompt type; then there is no room for that, and 94 to 100 were
-    classified as they should be before.
+    by_type: all columns are by prompt type; then there is no room for the values before.
 
     The similarity has in front in how many seeds the image counts as forgotten: below 0.4, as in
     the paper.

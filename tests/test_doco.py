@@ -575,3 +575,36 @@ def test_retained_prompts_do_not_name_a_target(tmp_path):
     assert doco.read_retain_prompts(file, ["panda", "fox"]) == ["bear", "pandas"]
     with pytest.raises(SystemExit, match="no prompt is left that does not name a target"):
         doco.read_retain_prompts(file, ["panda", "fox", "bear", "pandas"])
+
+
+def test_a_model_that_takes_all_prompts_for_the_target_is_an_error():
+    """Of the network, only what it predicts is looked at: here, the same for all but the anchor."""
+    same = {"encoder_hidden_states": torch.zeros(1, 5, 8)}
+    conditions = {p: same for p in ("feline", "mouser", "Tom")}
+    conditions["cat"] = {"encoder_hidden_states": torch.ones(1, 5, 8)}
+
+    def predict(xt, t, condition):
+        return xt + condition["encoder_hidden_states"].mean()
+
+    backbone = SimpleNamespace(predict=predict, alpha_bar=torch.linspace(0.99, 0.01, 1000))
+    how = ([("cat", ["Tom"])], torch.zeros(2, 4, 8, 8), conditions, SimpleNamespace(rank=0))
+    with pytest.raises(SystemExit, match="takes every prompt for the target; expected others"):
+        doco.choose_retained(backbone, ["feline", "mouser"], *how)
+
+
+def test_embeddings_of_prompts_that_are_not_retained_leave_the_memory(tiny, tmp_path, monkeypatch):
+    file = tmp_path / "retained.txt"
+    file.write_text("\n".join(f"a {word}" for word in ("tree", "house", "dog")))
+    seen = {}
+
+    def train(backbone, trained, latents, pairs, retained, conditions, *rest):
+        seen.update(retained=retained, prompts=set(conditions), pairs=pairs)
+
+    monkeypatch.setattr(doco, "train", train)
+    monkeypatch.setattr(doco, "N_RETAINED", 2)
+    monkeypatch.setitem(doco.SMALL_IMAGES, "sampling_steps", 2)
+    argv = ["--model", str(tiny), *CAT, "--out", str(tmp_path / "out"), "--steps", "2"]
+    argv += ["--batch-size", "2", "--retain", "distill", "--retain-prompts", str(file)]
+    doco.unlearn(doco.parse_args(argv))
+    used = {p for anchor, targets in seen["pairs"] for p in (anchor, *targets)}
+    assert len(seen["retained"]) == 2 and seen["prompts"] == {"", *used, *seen["retained"]}

@@ -512,8 +512,8 @@ MUTANTS = {
     ),
     "names of the target are retained": (
         "distill, prompts",
-        "(names if min(ratios) < 0.5 else chosen)",
-        "chosen",
+        "            names.append(prompt)\n",
+        "            chosen.append(prompt)\n",
     ),
     "every prompt is a name": (
         "distill, prompts",
@@ -568,13 +568,13 @@ MUTANTS = {
     ),
     "no null space": (
         "null space",
-        "                keep_prompts()  #",
+        "                project_weights()  #",
         "                pass  #",
     ),
     "the null space around the original weights": (
         "null space, prompts, init",
-        "keep_prompts = null_space_projector(params,",
-        "keep_prompts = null_space_projector(originals,",
+        "project_weights = null_space_projector(params,",
+        "project_weights = null_space_projector(originals,",
     ),
     "the null space without the empty prompt": (
         "null space",

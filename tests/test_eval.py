@@ -629,6 +629,14 @@ def test_h_is_the_harmonic_mean_and_the_worst_part_dominates():
     assert h(0, 0, None, 100) is None and h(0, None, 100, 100) is None
 
 
+def test_the_share_of_retention_is_the_mean_over_the_log(tmp_path):
+    args = SimpleNamespace(after=tmp_path)
+    assert evaluation.retention_share(args) is None  # no log
+    rows = [{"step": 9, "loss_d": 1.0}, {"share_r": 0.2}, {"share_r": 0.6}]  # first, the warm-up
+    (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert evaluation.retention_share(args) == pytest.approx(0.4)
+
+
 def test_a_style_is_not_composed_with_styles():
     flags = ["--target", "twemoji", "--anchor", "emoji", "--concept-type", "style"]
     with pytest.raises(SystemExit, match="--styles goes with --concept-type object"):

@@ -156,6 +156,41 @@ def test_rows_of_forgetting_and_preservation_are_sorted_by_h():
     assert reproduce.sorted_by_h(rows, without) == rows
 
 
+def concept_row(target, ood, related, h):
+    """A report of eval.py concept with what the balance columns read."""
+    accuracy = {"target": target, "ood": ood, "related": related, "unrelated": 100.0}
+    types = {k: {"before": {"CA": 97.0}, "after": {"CA": v}} for k, v in accuracy.items()}
+    return {"task": "concept", "H": h, "prompt_types": types, "concepts": {}}
+
+
+def test_balance_columns_show_what_is_after_and_their_directions():
+    reports = {"a": [concept_row(0.0, 50.0, 80.0, 81.0)], "b": [concept_row(10.0, 0.0, 90.0, 95.0)]}
+    rows = [Row(name, Job(name, "doco", [], [])) for name in "ab"]
+    table = Table("t", reproduce.BALANCE_COLUMNS[:5], [Block("", [], rows)])
+    (block,) = reproduce.cells(table._replace(columns=reproduce.BALANCE_COLUMNS), reports)
+    assert [label for label, _ in block.rows] == ["b", "a"]  # by H
+    cells = [[cell.text for cell in row[:5]] for _, row in block.rows]
+    assert cells == [["95.0", "10.0", "0.0", "–", "90.0"], ["81.0", "0.0", "50.0", "–", "80.0"]]
+    assert [cell.rank for cell in block.rows[0][1][:5]] == [0, 1, 0, None, 0]
+    table = table._replace(columns=reproduce.BALANCE_COLUMNS)
+    points = [reproduce.trade_off_point(table, reports[name][0]) for name in "ab"]
+    assert points == [(25.0, 80.0), (5.0, 90.0)]  # (target + ood) / 2, related
+
+
+def test_a_trade_off_is_a_curve_per_method(tmp_path, monkeypatch):
+    """Blocks of doco-trade-off are methods, their rows strengths: one label for all of a block."""
+    reports = {n: [concept_row(10.0 * k, 0.0, 90.0, 90.0)] for k, n in enumerate("abcd")}
+    blocks = []
+    for heading, names in (("one", "ab"), ("two", "cd")):
+        blocks.append(Block(heading, [], [Row(n, Job(n, "doco", [], [])) for n in names]))
+    table, drawn = Table("t", reproduce.BALANCE_COLUMNS, blocks), []
+    monkeypatch.setattr(reproduce.plots, "trade_off", lambda points, *rest: drawn.append(points))
+    reproduce.plot_trade_offs(tmp_path, "doco-trade-off", [table], reports)
+    assert [(label, group) for label, group, _ in drawn[0]] == [("one", "")] * 2 + [("two", "")] * 2
+    reproduce.plot_trade_offs(tmp_path, "doco-balance", [table], reports)
+    assert [(label, group) for label, group, _ in drawn[1]][:2] == [("a", "one"), ("b", "one")]
+
+
 def test_every_method_has_the_same_number_of_tries_under_both_recipes():
     """And the chosen rates are among those that were tried."""
     tries = {}
