@@ -399,8 +399,8 @@ def null_space_projector(params, pairs, retained, conditions, args, processes):
     energy = args.null_space
     if energy is None:
         return lambda: None
-    # Not M_init's weights: with --init, what was unlearned earlier stays unlearned. The prompts, each
-    # once: several targets may share an anchor.
+    # Not M_init's weights: with --init, what was unlearned earlier stays unlearned. The prompts,
+    # each once: several targets may share an anchor.
     before = [p.detach().clone() for p in params]
     prompts = dict.fromkeys(["", *(anchor for anchor, _ in pairs), *retained])
     rows = [conditions[prompt]["encoder_hidden_states"][0] for prompt in prompts]  # (L, D) each

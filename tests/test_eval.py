@@ -736,3 +736,14 @@ def test_curves_and_trade_offs_are_files(tmp_path):
     line = torch.tensor([255, 0, 0])
     assert (pixels(tmp_path / "points.png") == line).all(-1).any()
     assert not (pixels(tmp_path / "one.png") == line).all(-1).any()
+
+
+def test_a_line_joins_the_strengths_of_a_method_from_left_to_right(tmp_path, monkeypatch):
+    drawn = []
+    axes = SimpleNamespace(plot=lambda xs, ys, color: drawn.append((xs, ys, color)))
+    points = [("one", "", [(3, 5), (5, 7)]), ("two", "", [(1, 1)]), ("one", "", [(2, 9)])]
+    plots.add_curves(axes, points, {"one": "red", "two": "blue"})
+    assert drawn == [((2, 4), (9, 6), "red"), ((1,), (1,), "blue")]
+    monkeypatch.setattr(plots, "add_curves", lambda *how: drawn.append(how))
+    plots.trade_off(points, "x", "y", tmp_path / "points.png")
+    assert drawn[-1][1] == points

@@ -223,7 +223,7 @@ def test_orthograd_with_one_gradient_projects_and_with_dependent_ones_takes_off_
     torch.testing.assert_close(orthograd(g_f, thrice), one, rtol=1e-4, atol=1e-6)
     # Dependent and zero columns in front of another one, and of other lengths
     a, b = torch.randn(2, 1000, generator=torch.Generator().manual_seed(1))
-    for columns in ([a, 3 * a, 1e-3 * b], [torch.zeros_like(a), a, b], [b, a, a + b]):
+    for columns in ([a, 3 * a, 1e-8 * b], [torch.zeros_like(a), a, b], [b, a, a + b]):
         g = orthograd(g_f, torch.stack(columns, dim=1))
         assert abs(cosine(g, a)) < 1e-5 and abs(cosine(g, b)) < 1e-5
     assert orthograd(g_f[:2], torch.randn(2, 5)).norm() < 1e-5  # more gradients than weights
@@ -242,6 +242,14 @@ def test_null_space_by_hand_and_by_an_svd():
     kept = int((share < 0.7).sum()) + 1  # the fewest that hold 0.7
     expected = torch.eye(8).double() - v[:kept].T @ v[:kept]
     torch.testing.assert_close(null_space(x, 0.7), expected)
+
+
+def test_null_space_takes_rounding_for_zero():
+    """Of rank 3 in 8 dimensions: 5 are free, though no eigenvalue is exactly 0."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(40, 3, generator=g).double() @ torch.randn(3, 8, generator=g).double()
+    p = null_space(x, 1.0)
+    assert p.trace().item() == pytest.approx(5) and (x @ p).abs().max() < 1e-9
 
 
 def test_null_space_fails_where_nothing_is_left():

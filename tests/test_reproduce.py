@@ -173,6 +173,9 @@ def test_balance_columns_show_what_is_after_and_their_directions():
     assert cells == [["95.0", "10.0", "0.0", "–", "90.0"], ["81.0", "0.0", "50.0", "–", "80.0"]]
     assert [cell.rank for cell in block.rows[0][1][:5]] == [0, 1, 0, None, 0]
     table = table._replace(columns=reproduce.BALANCE_COLUMNS)
+    h = Column("", "H")
+    values = [reproduce.metric_value(reports["a"][0], h, when) for when in ("before", "after")]
+    assert values == [None, 81.0]
     points = [reproduce.trade_off_point(table, reports[name][0]) for name in "ab"]
     assert points == [(25.0, 80.0), (5.0, 90.0)]  # (target + ood) / 2, related
 
