@@ -336,7 +336,7 @@ def make_surrogate(kind, x, k, backbone, sample, timesteps, condition, args):
 
 # ---- 4. the remember set ------------------------------------------------------------------------
 # Images of a data set, or samples of the model itself. No image to forget may be among them: it
-# would be learned and unlearned at once. With --remember-loss distill, noise may stand in for them.
+# would be learned and unlearned at once.
 
 
 def drop_near_duplicates(samples, x_f, reference, floor=0):
@@ -483,7 +483,9 @@ def parse_args(argv=None):
     help_text = "of --surrogate noise: standard deviation, of 255"
     add("--noise-sigma", type=float, default=150.0, help=help_text)
     add("--surrogate-prompt", help="prompt of --surrogate sdedit (without it: --prompt)")
-    help_text = "folder of images, generated or noise (without it: generated; emoji/ddpm: its own)"
+    help_text = (
+        "folder of images, generated (without it; emoji/ddpm: its own), or noise (distill alone)"
+    )
     add("--remember", metavar="FOLDER|KIND", help=help_text)
     add("--num-remember", type=int, default=100, help="how many to generate")
 

@@ -590,7 +590,7 @@ def instance_images(args):
     targets = {
         "the noise, Eq. 8": [],
         "the original model's prediction": DISTILLED_FLAGS,
-        "the original model's prediction, for noise": [*DISTILLED_FLAGS, "--remember", "noise"],
+        "the same, of the model's own samples": [*DISTILLED_FLAGS, "--remember", "generated"],
     }
     blocks = []
     for heading, flags in targets.items():

@@ -269,7 +269,7 @@ def test_generated_images_are_saved_for_a_resumed_run(forget):
 
 
 def test_noise_to_remember_is_gaussian_and_follows_the_seed(forget):
-    """With --remember-loss distill, no image of a data set is needed: nothing is read or cached."""
+    """Nothing is read or cached."""
     flags = ["--remember", "noise", "--remember-loss", "distill", "--num-remember", "500"]
     seen, batches = {}, instance_unlearn.instance_step
 

@@ -256,7 +256,7 @@ def test_the_twenty_images_are_drawn_and_in_no_other_table():
     for block in table.blocks:
         assert block.rows[-1] is reproduce.MEAN
         args = reproduce.instance_unlearn.parse_args(block.rows[0].job.flags)
-        targets.append((args.remember_loss, args.remember == "noise"))
+        targets.append((args.remember_loss, args.remember == "generated"))
     assert targets == [("noise", False), ("distill", False), ("distill", True)]
 
 
