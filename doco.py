@@ -549,7 +549,7 @@ def read_retain_prompts(which, targets, tokenizer=None):
     """
     if which is None:
         return []
-    if str(which) == "vocabulary":
+    if which == "vocabulary":
         # What ends with </w> in CLIP's vocabulary ends a word: words, and last pieces of others. Of
         # these the 1,024 most frequent, for its numbers follow the frequency.
         ordered = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
@@ -574,7 +574,7 @@ N_RETAINED = 32
 
 
 @torch.no_grad()
-def choose_retained(backbone, candidates, pairs, latents, conditions, processes):
+def choose_retained(backbone, candidates, pairs, latents, conditions, seed, processes):
     """Returns the candidates that are retained: those nearest to a target, but no names of it.
 
     The nearest in the embeddings are what an erasure damages first. But one that the original model
@@ -598,7 +598,7 @@ def choose_retained(backbone, candidates, pairs, latents, conditions, processes)
     # The same four noisy images for all prompts: what differs is the prompt alone.
     x0 = latents[[k % len(latents) for k in range(4)]]  # (4, 4, h, w)
     t = torch.tensor([600, 750, 900, 980], device=x0.device)  # where prompts matter most
-    noise = torch.randn(x0.shape, generator=common.generator(0, "retain_prompts"))
+    noise = torch.randn(x0.shape, generator=common.generator(seed, "retain_prompts"))
     xt = add_noise(x0, noise.to(x0.device), backbone.alpha_bar[t].view(-1, 1, 1, 1))
 
     def predict(prompt):
@@ -867,7 +867,8 @@ def unlearn(args):
 
     latents = anchor_latents(backbone, conditions, pairs, images, args, contents, run, processes)
     backbone.pipe = None  # the VAE leaves the memory; the UNet stays
-    how = (pairs[: len(args.target)], latents, conditions, processes)  # each target's first pair
+    first = pairs[: len(args.target)]  # each target's first pair
+    how = (first, latents, conditions, args.seed, processes)
     retained = choose_retained(backbone, others, *how) if others else []
     # The embeddings of the others leave the memory: of 1,024 words, 240 MB for Stable Diffusion.
     for prompt in set(others) - {*retained, *(p for anchor, ts in pairs for p in (anchor, *ts))}:

@@ -11,6 +11,7 @@ import sys
 import time
 import weakref
 from itertools import product
+from pathlib import Path
 from string import ascii_lowercase
 from types import SimpleNamespace
 
@@ -573,6 +574,8 @@ def test_retained_prompts_do_not_name_a_target(tmp_path):
     file = tmp_path / "retained.txt"
     file.write_text("a Panda in the snow\nbear\npandas\nbear\nfox\n")
     assert doco.read_retain_prompts(file, ["panda", "fox"]) == ["bear", "pandas"]
+    with pytest.raises(SystemExit, match="--retain-prompts vocabulary: no such file"):
+        doco.read_retain_prompts(Path("vocabulary"), ["panda"])  # of a script that reads files only
     with pytest.raises(SystemExit, match="no prompt is left that does not name a target"):
         doco.read_retain_prompts(file, ["panda", "fox", "bear", "pandas"])
 
@@ -583,13 +586,21 @@ def test_a_model_that_takes_all_prompts_for_the_target_is_an_error():
     conditions = {p: same for p in ("feline", "mouser", "Tom")}
     conditions["cat"] = {"encoder_hidden_states": torch.ones(1, 5, 8)}
 
+    seen = []
+
     def predict(xt, t, condition):
+        seen.append(xt)
         return xt + condition["encoder_hidden_states"].mean()
 
     backbone = SimpleNamespace(predict=predict, alpha_bar=torch.linspace(0.99, 0.01, 1000))
-    how = ([("cat", ["Tom"])], torch.zeros(2, 4, 8, 8), conditions, SimpleNamespace(rank=0))
-    with pytest.raises(SystemExit, match="takes every prompt for the target; expected others"):
-        doco.choose_retained(backbone, ["feline", "mouser"], *how)
+    how = ([("cat", ["Tom"])], torch.zeros(2, 4, 8, 8), conditions)
+    for seed in (0, 1):
+        with pytest.raises(SystemExit, match="takes every prompt for the target; expected others"):
+            doco.choose_retained(
+                backbone, ["feline", "mouser"], *how, seed, SimpleNamespace(rank=0)
+            )
+    assert len(seen) == 8 and torch.equal(seen[0], seen[3])  # the same noise for all prompts
+    assert not torch.equal(seen[0], seen[4])  # and another one for another seed
 
 
 def test_embeddings_of_prompts_that_are_not_retained_leave_the_memory(tiny, tmp_path, monkeypatch):

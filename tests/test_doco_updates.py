@@ -235,7 +235,9 @@ class Recomputation:
     def choose(self):
         """RETAINED, the nearest to the target first, without what the model takes for it."""
         anchor, (target, *_) = self.pairs[0]
-        noise = torch.randn(4, 4, 16, 16, generator=torch.Generator().manual_seed(950_000))
+        noise = torch.randn(
+            4, 4, 16, 16, generator=torch.Generator().manual_seed(SEED * 1_000_003 + 950_000)
+        )
         noisy = []
         for k, t in enumerate((600, 750, 900, 980)):
             a = self.a_bar[t]
