@@ -2,15 +2,18 @@
 
     DDPM               unconditional, in pixels; predicts epsilon
     StableDiffusion    1.x and 2.x: latents, one text encoder; predicts epsilon or v
-    StableDiffusion3   latents, up to three text encoders; flow matching: predicts a velocity
+    StableDiffusionXL  latents, two text encoders, told the size of the image; epsilon or v
+    StableDiffusion3   3 and 3.5: a transformer, up to three text encoders; predicts a velocity
+    Flux               FLUX.1: the same with T5 and CLIP; guidance is an input of the network
 
 load_backbone(model) returns one of them. All have the attributes and methods below, so that the
 training loops never ask which family it is:
 
     net, prediction_type, alpha_bar, latent_shape      the network and what it computes
+    trainable, lora_targets, add_lora                  what of it can be trained
     encode_prompts, predict                            conditions on a prompt; runs the network
     encode, decode                                     images to what the network denoises, and back
-    sample                                             deterministic sampling
+    sample, generate_latents                           from noise, or from a prompt and a seed
 
 The noise schedule and the meaning of a prediction are pure functions of tensors, in section 1.
 Weights are read from .safetensors alone, and no code of a model folder is executed.
@@ -18,6 +21,7 @@ Weights are read from .safetensors alone, and no code of a model folder is execu
 
 import math
 import os
+import re
 from pathlib import Path
 
 # Without torchvision, which nothing here needs, transformers warns of each image processor that
@@ -30,10 +34,17 @@ from diffusers import (
     DDPMPipeline,
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
+    FluxPipeline,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
 )
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from diffusers.training_utils import cast_training_params
 from huggingface_hub import HfApi
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import load_file
 
 from common import REPO, fail, fingerprint, first_line
 
@@ -78,6 +89,24 @@ def predict_x0(prediction_type, prediction, xt, a, b):
     return a * xt - b * prediction
 
 
+def sample_timesteps(n, generator, shift=None, stratified=False):
+    """n timesteps (n,): independent, as in Algorithm 1, or one from each of n equal quantiles.
+
+    Stratified timesteps have the same distribution, but a mean over the batch varies less. With
+    shift None: uniform on 0 .. 999. For flow matching, shift is the scheduler's: logit-normal times
+    shifted towards noise, as Stable Diffusion 3 was trained (Esser et al. 2024), in [1, 1000]. The
+    velocity towards the surrogate grows as 1 / s; with uniform times, one sample near s = 0 would
+    outweigh all others.
+    """
+    u = torch.rand(n, generator=generator)  # (n,), uniform on [0, 1): a quantile of each sample
+    if stratified:
+        u = (torch.arange(n) + u) / n  # sample i lies in [i / n, (i + 1) / n)
+    if shift is None:
+        return (1000 * u).long().clamp(max=999)  # rounding may lift u to 1
+    s = torch.special.ndtri(u).sigmoid()  # a normal sample by its quantile, then logit-normal
+    return (1000 * shift * s / (1 + (shift - 1) * s)).clamp(min=1)
+
+
 @torch.no_grad()
 def sample_deterministic(predict, x, timesteps, prediction_type, alpha_bar, clip):
     """DDIM without noise (flow matching: Euler) from x (B, C, H, W) at timesteps[0] to x_0.
@@ -114,14 +143,32 @@ def expand_condition(condition, n):
 
 # ---- 3. the families ----------------------------------------------------------------------------
 
+# What `trainable` of a UNet names, as regular expressions on the names of its weights. attn2 is the
+# cross-attention, where the prompt enters. "kv", its keys and values, are 2 % of Stable Diffusion's
+# UNet; the released code of DoCo trains them, the paper does not say.
+TRAINABLE = {"kv": r"attn2\.to_[kv]\.", "xattn": r"attn2\.", "full": r""}
+# In a transformer the tokens of text and image attend to each other, in one attention. "kv": the
+# keys and values of the text there, which has weights of its own; "xattn": all of that attention.
+JOINT_TRAINABLE = {"kv": r"attn\.add_[kv]_proj\.", "xattn": r"\.attn\.", "full": r""}
+JOINT_LORA_TARGETS = tuple(
+    f"attn.{name}"
+    for name in (
+        *("add_k_proj", "add_q_proj", "add_v_proj", "to_add_out"),
+        *("to_k", "to_out.0", "to_q", "to_v"),
+    )
+)
+
 
 class Backbone:
     """A diffusers pipeline of one family, on the CPU until .to(device). See the subclasses."""
 
     pipeline_class = None  # of diffusers
     net_name = "unet"  # the component that is trained
+    trainable = TRAINABLE  # {name: regular expression on the names of weights}
     lora_targets = None  # attention projections that a LoRA adapts; None: the network trains whole
     takes_prompt = True
+    # What a condition consists of: {argument of the network: argument of the pipeline}
+    condition_names = {"encoder_hidden_states": "prompt_embeds"}
     shift = None  # of the timesteps towards noise, in the training of a flow-matching model
 
     def __init__(self, pipe):
@@ -133,8 +180,12 @@ class Backbone:
         # (1000,), alpha_t of the papers; None for flow matching
         self.alpha_bar = getattr(pipe.scheduler, "alphas_cumprod", None)
         self.scale_factor = getattr(pipe, "vae_scale_factor", 1)  # pixels per latent, on a side
-        self.sample_size = self.net.config.sample_size  # side of a latent at the native resolution
+        # Side of a latent at the native resolution; FLUX's network has no such entry
+        own = self.net.config.get("sample_size")
+        self.sample_size = own or pipe.default_sample_size
         self.small = self.sample_size < 32
+        # How images are generated: steps of the sampler, classifier-free guidance
+        self.sampling_steps, self.guidance = 15 if self.small else 25, 6.0
         self.encoder_fingerprints = []
 
     @property
@@ -168,6 +219,44 @@ class Backbone:
             self.alpha_bar = self.alpha_bar.to(device)
         return self
 
+    def trainable_weights(self, method, rank, seed):
+        """{name: parameter} of what is trained: a LoRA for "lora", else by a key of `trainable`."""
+        if method == "lora":
+            return self.add_lora(rank, seed)
+        weights = self.net.named_parameters()
+        trained = {n: p for n, p in weights if re.search(self.trainable[method], n)}
+        for p in trained.values():
+            p.requires_grad_()
+        return trained
+
+    def add_lora(self, rank, seed):
+        """Adds a LoRA to the network; returns its weights in fp32, {name: parameter}, to train."""
+        torch.manual_seed(seed)  # the same LoRA on every rank
+        # alpha = rank: the LoRA is added with weight 1, whatever its rank.
+        self.net.add_adapter(
+            LoraConfig(
+                r=rank,
+                lora_alpha=rank,
+                init_lora_weights="gaussian",
+                target_modules=list(self.lora_targets),
+            )
+        )
+        cast_training_params(self.net)
+        return {n: p for n, p in self.net.named_parameters() if p.requires_grad}
+
+    def lora_state(self):
+        """The LoRA's tensors by the names that pipe.load_lora_weights expects."""
+        weights = get_peft_model_state_dict(self.net)
+        return {f"{self.net_name}.{name}": p for name, p in weights.items()}
+
+    def lora_parameter(self, name):
+        """The network's parameter, of a name in lora_state()."""
+        return name.removeprefix(f"{self.net_name}.").replace(".weight", ".default.weight")
+
+    def embed(self, texts, device):
+        """Embeddings of texts, {argument of the pipeline: (n, ...)}."""
+        raise NotImplementedError
+
     @torch.no_grad()
     def encode_prompts(self, prompts, device):
         """{prompt: condition of one row}, for the given prompts. Then drops the text encoders.
@@ -178,7 +267,11 @@ class Backbone:
         encoders = [n for n in TEXT_ENCODERS if getattr(self.pipe, n, None) is not None]
         for name in encoders:
             getattr(self.pipe, name).to(device)
-        conditions = {prompt: self._condition(prompt, device) for prompt in prompts}
+        conditions = {}
+        for prompt in prompts:
+            parts = self.embed([prompt], device)
+            names = self.condition_names.items()
+            conditions[prompt] = {name: parts[argument] for name, argument in names}
         self.encoder_fingerprints = [fingerprint(getattr(self.pipe, name)) for name in encoders]
         for name in encoders:
             setattr(self.pipe, name, None)
@@ -191,8 +284,11 @@ class Backbone:
         """
         bf16 = self.device.type == "cuda"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
-            condition = expand_condition(condition, len(xt))
-            return self.net(xt, timestep=t, **condition).sample.float()
+            return self.run_net(xt, t, expand_condition(condition, len(xt))).float()
+
+    def run_net(self, xt, t, condition):
+        """The network's own call. condition: of B rows."""
+        return self.net(xt, timestep=t, **condition).sample
 
     @torch.no_grad()
     def encode(self, images):
@@ -235,23 +331,53 @@ class Backbone:
             guided, x, timesteps, self.prediction_type, self.alpha_bar, clip
         )
 
+    def image_scheduler(self):
+        """The scheduler that generates images: of an epsilon or v model, DPM-Solver++."""
+        return DPMSolverMultistepScheduler.from_config(self.pipe.scheduler.config)
+
+    @torch.no_grad()
+    def generate_latents(self, conditions, null, seeds, resolution, steps, guidance):
+        """Latents (B, C, h, w) by diffusers' pipeline; image j follows seeds[j] alone.
+
+        conditions: [B conditions of one row]; null: that of the empty prompt.
+        """
+        self.pipe.scheduler = self.image_scheduler()
+        rows, embeddings = stack_conditions(conditions), {}
+        for name, argument in self.condition_names.items():
+            embeddings[argument] = rows[name]
+            embeddings[f"negative_{argument}"] = null[name].expand_as(rows[name])
+        bf16 = self.device.type == "cuda"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
+            output = self.pipe(
+                **embeddings,
+                guidance_scale=guidance,
+                num_inference_steps=steps,
+                generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+                height=resolution,
+                width=resolution,
+                output_type="latent",
+            )
+        return output.images.float()
+
 
 class DDPM(Backbone):
     """DDPMPipeline: pixels in, pixels out, no prompt."""
 
     pipeline_class = DDPMPipeline
     takes_prompt = False
+    condition_names = {}
 
     def __init__(self, pipe):
         super().__init__(pipe)
         self.small = self.sample_size <= 64
+        self.sampling_steps, self.guidance = 25, None
 
     @property
     def resolution_unit(self):
         """All blocks but the last halve the sides."""
         return 2 ** (len(self.net.config.block_out_channels) - 1)
 
-    def _condition(self, prompt, device):
+    def embed(self, texts, device):
         """A DDPM is unconditional."""
         return {}
 
@@ -275,63 +401,68 @@ class StableDiffusion(Backbone):
         """diffusers' pipeline takes multiples of 8, whatever the VAE."""
         return math.lcm(self.scale_factor, 8)
 
-    def _condition(self, prompt, device):
-        """Embeddings of the prompt's tokens, (1, 77, D)."""
-        return {"encoder_hidden_states": self.pipe.encode_prompt(prompt, device, 1, False)[0]}
+    def embed(self, texts, device):
+        """Embeddings of the tokens, (n, 77, D)."""
+        return {"prompt_embeds": self.pipe.encode_prompt(texts, device, 1, False)[0]}
 
-    @torch.no_grad()
-    def generate_latents(self, conditions, null, seeds, resolution, steps, guidance):
-        """Latents (B, 4, h, w) by DPM-Solver++ with guidance; image j follows seeds[j] alone.
 
-        conditions: [B conditions of one row]; null: that of the empty prompt.
+class StableDiffusionXL(StableDiffusion):
+    """StableDiffusionXLPipeline: two text encoders; the network is told the size of the image."""
+
+    pipeline_class = StableDiffusionXLPipeline
+    condition_names = {
+        "encoder_hidden_states": "prompt_embeds",
+        "text_embeds": "pooled_prompt_embeds",
+    }
+
+    def __init__(self, pipe):
+        super().__init__(pipe)
+        self.guidance = 5.0
+
+    def embed(self, texts, device):
+        """Tokens of both encoders side by side (n, 77, D), and the second's pooled (n, P).
+
+        The empty prompt, which guidance subtracts, is zeros where the model's configuration says
+        so: it was trained that way.
         """
-        self.pipe.scheduler = DPMSolverMultistepScheduler.from_config(self.pipe.scheduler.config)
-        embeddings = stack_conditions(conditions)["encoder_hidden_states"]  # (B, L, D)
-        bf16 = self.device.type == "cuda"
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
-            output = self.pipe(
-                prompt_embeds=embeddings,
-                negative_prompt_embeds=null["encoder_hidden_states"].expand_as(embeddings),
-                guidance_scale=guidance,
-                num_inference_steps=steps,
-                generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-                height=resolution,
-                width=resolution,
-                output_type="latent",
-            )
-        return output.images.float()
+        rows, _, pooled, _ = self.pipe.encode_prompt(texts, None, device, 1, False)
+        if self.pipe.config.force_zeros_for_empty_prompt:
+            keep = torch.tensor([bool(text) for text in texts], device=rows.device)
+            rows, pooled = rows * keep.view(-1, 1, 1), pooled * keep.view(-1, 1)
+        return {"prompt_embeds": rows, "pooled_prompt_embeds": pooled}
+
+    def run_net(self, xt, t, condition):
+        """With the size of the image before cropping, the crop's corner, and the size in the end.
+
+        Training images were cropped and scaled; an image as it is has the same size twice, and no
+        crop.
+        """
+        height, width = (side * self.scale_factor for side in xt.shape[-2:])
+        time_ids = xt.new_tensor([height, width, 0, 0, height, width]).expand(len(xt), 6)
+        added = {"text_embeds": condition["text_embeds"], "time_ids": time_ids}
+        rows = condition["encoder_hidden_states"]
+        return self.net(xt, t, rows, added_cond_kwargs=added).sample
 
 
-class StableDiffusion3(Backbone):
-    """StableDiffusion3Pipeline: a transformer trained by flow matching."""
+class FlowMatching(Backbone):
+    """What the transformers trained by flow matching share: they predict a velocity."""
 
-    pipeline_class = StableDiffusion3Pipeline
     net_name = "transformer"
-    lora_targets = tuple(
-        f"attn.{name}"
-        for name in (
-            *("add_k_proj", "add_q_proj", "add_v_proj", "to_add_out"),
-            *("to_k", "to_out.0", "to_q", "to_v"),
-        )
-    )
+    trainable = JOINT_TRAINABLE
+    lora_targets = JOINT_LORA_TARGETS
+    condition_names = {
+        "encoder_hidden_states": "prompt_embeds",
+        "pooled_projections": "pooled_prompt_embeds",
+    }
 
     def __init__(self, pipe):
         super().__init__(pipe)
         self.prediction_type = "flow"
         self.shift = pipe.scheduler.config.shift
-        self.has_t5 = pipe.text_encoder_3 is not None
 
-    @property
-    def resolution_unit(self):
-        """The transformer cuts latents into patches."""
-        return self.scale_factor * self.net.config.patch_size
-
-    def _condition(self, prompt, device):
-        """Embeddings of the tokens (1, L, D) by all text encoders, and CLIP's pooled (1, P)."""
-        rows, _, pooled, _ = self.pipe.encode_prompt(
-            prompt, None, None, device=device, do_classifier_free_guidance=False
-        )
-        return {"encoder_hidden_states": rows, "pooled_projections": pooled}
+    def image_scheduler(self):
+        """Its own, Euler's method."""
+        return self.pipe.scheduler
 
     def timesteps(self, steps):
         """The scheduler's own, shifted towards noise; floats (steps,), from 1000."""
@@ -339,7 +470,112 @@ class StableDiffusion3(Backbone):
         return self.pipe.scheduler.timesteps.to(self.device)
 
 
-FAMILIES = (DDPM, StableDiffusion, StableDiffusion3)
+class StableDiffusion3(FlowMatching):
+    """StableDiffusion3Pipeline, 3 and 3.5, with or without T5."""
+
+    pipeline_class = StableDiffusion3Pipeline
+
+    def __init__(self, pipe):
+        super().__init__(pipe)
+        self.sampling_steps, self.guidance = 25, 4.0 if self.small else 7.0
+        self.has_t5 = pipe.text_encoder_3 is not None
+
+    @property
+    def resolution_unit(self):
+        """The transformer cuts latents into patches."""
+        return self.scale_factor * self.net.config.patch_size
+
+    def embed(self, texts, device):
+        """Embeddings of the tokens (n, L, D) by all text encoders, and CLIP's pooled (n, P)."""
+        rows, _, pooled, _ = self.pipe.encode_prompt(
+            texts, None, None, device=device, do_classifier_free_guidance=False
+        )
+        return {"prompt_embeds": rows, "pooled_prompt_embeds": pooled}
+
+
+class Flux(FlowMatching):
+    """FluxPipeline: FLUX.1 dev and schnell.
+
+    Guidance is distilled into the network. dev takes its scale as an input, of which a training
+    step sees 1, no guidance: the velocity that Eq. 9 is about. schnell has no guidance at all.
+    """
+
+    pipeline_class = FluxPipeline
+    scale = 1.0  # of guidance, what the network is told
+
+    def __init__(self, pipe):
+        super().__init__(pipe)
+        guided = self.net.config.guidance_embeds
+        self.sampling_steps, self.guidance = (28, 3.5) if guided else (4, 0.0)
+
+    @property
+    def resolution_unit(self):
+        """Latents are cut into patches of 2x2."""
+        return self.scale_factor * 2
+
+    def latent_shape(self, resolution):
+        """(C, h, w): in_channels counts the four latents of a patch."""
+        channels, *sides = super().latent_shape(resolution)
+        return (channels // 4, *sides)
+
+    def check_resolution(self, resolution):
+        """As for all. dev shifts its timesteps further towards noise, the larger the image is."""
+        resolution = super().check_resolution(resolution)
+        config = self.pipe.scheduler.config
+        if config.use_dynamic_shifting:
+            tokens = (resolution // self.resolution_unit) ** 2
+            limits = config.base_image_seq_len, config.max_image_seq_len
+            self.mu = calculate_shift(tokens, *limits, config.base_shift, config.max_shift)
+            self.shift = math.exp(self.mu)
+        return resolution
+
+    def embed(self, texts, device):
+        """T5's embeddings of the tokens (n, 512, D), and CLIP's pooled (n, P)."""
+        rows, pooled, _ = self.pipe.encode_prompt(texts, None, device)
+        return {"prompt_embeds": rows.float(), "pooled_prompt_embeds": pooled.float()}
+
+    def run_net(self, xt, t, condition):
+        """The network's call on packed latents: a token is a patch of 2x2 latents."""
+        n, channels, h, w = xt.shape
+        like = (xt.device, xt.dtype)
+        tokens = FluxPipeline._pack_latents(xt, n, channels, h, w)  # (B, h w / 4, 4 C)
+        guided = self.net.config.guidance_embeds
+        velocity = self.net(
+            tokens,
+            timestep=t / 1000,
+            guidance=xt.new_full((n,), self.scale) if guided else None,
+            img_ids=FluxPipeline._prepare_latent_image_ids(n, h // 2, w // 2, *like),
+            txt_ids=xt.new_zeros(condition["encoder_hidden_states"].shape[1], 3),
+            **condition,
+        ).sample
+        return self.unpack(velocity, h * self.scale_factor)
+
+    def unpack(self, tokens, resolution):
+        """(B, h w / 4, 4 C) -> (B, C, h, w)."""
+        return FluxPipeline._unpack_latents(tokens, resolution, resolution, self.scale_factor)
+
+    def timesteps(self, steps):
+        """The scheduler's own, for the resolution that check_resolution was asked for."""
+        scheduler = self.pipe.scheduler
+        sigmas = torch.linspace(1, 1 / steps, steps).tolist()
+        more = {"mu": self.mu} if scheduler.config.use_dynamic_shifting else {}
+        scheduler.set_timesteps(sigmas=sigmas, **more)
+        return scheduler.timesteps.to(self.device)
+
+    def sample(self, x, timesteps, condition, null_condition=None, guidance=1.0):
+        """As for all, but the guidance is told to the network: one pass in place of two."""
+        self.scale = guidance
+        x = super().sample(x, timesteps, condition)
+        self.scale = Flux.scale
+        return x
+
+    def generate_latents(self, conditions, null, seeds, resolution, steps, guidance):
+        """As for all; diffusers' pipeline returns packed latents."""
+        how = (seeds, resolution, steps, guidance)
+        return self.unpack(super().generate_latents(conditions, null, *how), resolution)
+
+
+FAMILIES = (DDPM, StableDiffusion, StableDiffusionXL, StableDiffusion3, Flux)
 
 
 # ---- 4. loading: safetensors only ---------------------------------------------------------------
@@ -349,7 +585,13 @@ def load_backbone(model, families=FAMILIES):
     """The Backbone of a pipeline folder or hub id: weights in fp32, on the CPU, or one line."""
     classes = {family.pipeline_class: family for family in families}
     pipe = load_pipeline(model, tuple(classes), dtype=torch.float32)
-    return classes[type(pipe)](pipe)
+    backbone = classes[type(pipe)](pipe)
+    if backbone.prediction_type not in ("epsilon", "v_prediction", "flow"):
+        fail(
+            f"--model {model} predicts {backbone.prediction_type}; "
+            f"expected epsilon, v_prediction or flow matching"
+        )
+    return backbone
 
 
 def is_embedded(model):
@@ -384,10 +626,11 @@ def load_pipeline(model, classes=None, safety_checker=False, **kwargs):
             absent = {part: None for part, source in index.items() if source in missing}
             if pipeline_class is StableDiffusionPipeline and not safety_checker:
                 absent |= {"safety_checker": None, "requires_safety_checker": False}
-            has_t5 = "text_encoder_3" in index.keys() - absent.keys()
-            if has_t5 and isinstance(kwargs.get("dtype"), torch.dtype):
+            sources = {p: source for p, source in index.items() if isinstance(source, list | tuple)}
+            t5 = [p for p, source in sources.items() if source[1] == "T5EncoderModel"]
+            if t5 and isinstance(kwargs.get("dtype"), torch.dtype):
                 # T5 has 4.8 billion weights, 19 GB in fp32; fp16 overflows in it
-                kwargs["dtype"] = {"default": kwargs["dtype"], "text_encoder_3": torch.bfloat16}
+                kwargs["dtype"] = {"default": kwargs["dtype"], t5[0]: torch.bfloat16}
             wanted = [part for part in index if part not in absent]
             return pipeline_class.from_pretrained(
                 model, variant=variant, use_safetensors=True, **absent, **kwargs
@@ -432,3 +675,47 @@ def explain_pickles(model, pipeline, components, error):
                 f".safetensors beside it; if you trust it, convert it once: "
                 f'python -c "{code}", then --model converted ({error})'
             )
+
+
+# ---- 5. what a run leaves -----------------------------------------------------------------------
+
+LORA, DELTA = "pytorch_lora_weights.safetensors", "delta.safetensors"  # a LoRA; changed weights
+
+
+def load_unlearned(pipe, folder):
+    """Loads the LoRA or the changed weights of a run folder into a pipeline; a LoRA is fused."""
+    if (folder / LORA).is_file():
+        pipe.load_lora_weights(load_file(folder / LORA))
+        pipe.fuse_lora()
+        pipe.unload_lora_weights()
+    else:
+        net = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
+        net.load_state_dict(load_file(folder / DELTA), strict=False)
+
+
+def loading_lines(backbone, model, out, prompt):
+    """The lines of Python that load a run folder in plain diffusers and generate an image."""
+    family = backbone.pipeline_class.__name__
+    if not backbone.takes_prompt:
+        return f"""
+from diffusers import {family}
+
+pipe = {family}.from_pretrained({str(out / "pipeline")!r})
+pipe(num_inference_steps=50).images[0].save("after.png")
+"""
+    absent = ""  # diffusers must be told of a component that the folder lacks
+    if isinstance(backbone, StableDiffusion3) and not backbone.has_t5:
+        absent = "text_encoder_3=None, tokenizer_3=None, "
+    more, load = "", f"pipe.load_lora_weights({str(out)!r})"
+    if (out / DELTA).is_file():
+        more = "from safetensors.torch import load_file\n"
+        weights = f"load_file({str(out / DELTA)!r})"
+        load = f"pipe.{backbone.net_name}.load_state_dict({weights}, strict=False)"
+    return f"""
+import torch
+from diffusers import {family}
+{more}
+pipe = {family}.from_pretrained({model!r}, {absent}dtype=torch.float32)
+{load}
+pipe({prompt!r}).images[0].save("after.png")
+"""

@@ -20,13 +20,20 @@ All of it is doco_step() below. Before that, D is trained alone for some steps (
     paper              code                          paper            code
     M, M_init          predict, predict_original     L_u, L_r, L_D    loss_u, loss_r, loss_d
     c*, c              target, anchor                G_u, G_r, G      g_u, g_r, g
-    x_t, eps, a_t      xt, noise, alpha_bar[t]       lambda, D        lam, disc
-    v, v*              view_anchor, view_target
+    x_t, eps           xt, noise                     lambda, D        lam, disc
+    sqrt(a_t),         a, b                          v, v*            view_anchor, view_target
+      sqrt(1 - a_t)
+
+Models that do not predict eps take the same step; only x_0_hat and the target of L_r differ. Flow
+matching (Stable Diffusion 3, FLUX): x_t = (1 - s) x_0 + s eps, s = t / 1000, and M predicts the
+velocity u = eps - x_0. Then v = x_t - s u, for x_t - s (eps - x_0) = x_0, and L_r = |u - M|^2.
+v-prediction: u = a eps - b x_0, v = a x_t - b u, for a^2 + b^2 = 1.
 
 Run it (the first line needs nothing but this repository; it uses the small model in emoji/sd):
 
     torchrun doco.py --target "Grumpy Cat" --anchor Cat
     torchrun doco.py --target twemoji --anchor emoji --concept-type style
+    torchrun doco.py --model emoji/sd3 --target "Grumpy Cat" --anchor Cat
     torchrun --nproc-per-node 2 doco.py --model CompVis/stable-diffusion-v1-4 \\
         --target Snoopy --anchor Dog
 
@@ -55,11 +62,21 @@ from tqdm import tqdm
 
 import common
 from backbones import (
-    StableDiffusion,
+    DDPM,
+    DELTA,
+    FAMILIES,
+    LORA,
+    TRAINABLE,
+    coefficients,
     expand_condition,
     is_embedded,
     load_backbone,
     load_pipeline,
+    load_unlearned,
+    loading_lines,
+    predict_x0,
+    prediction_target,
+    sample_timesteps,
     stack_conditions,
 )
 from common import fail
@@ -74,49 +91,42 @@ from gradsurgery import (
 )
 
 # ---- 1. the method: pure functions of tensors ---------------------------------------------------
-# B: images of a batch; h, w: sides of a latent, 64 for 512 pixels; n: number of trained weights.
+# B: images of a batch; C, h, w: of a latent, (4, 64, 64) for 512 pixels; n: number of trained
+# weights. a, b, and what a network predicts: coefficients(), prediction_target(), predict_x0().
 #
-# To use DoCo in a project of your own, copy this section, gradsurgery.py and discriminator.py. They
-# need torch alone. The rest of this file is training loop, prompts, flags and bookkeeping.
+# To use DoCo in a project of your own, copy this section, section 1 of backbones.py, gradsurgery.py
+# and discriminator.py. They need torch alone. The rest of this file is training loop, prompts,
+# flags and bookkeeping.
 
 
-def add_noise(x0, noise, alpha_bar_t):
-    """Eq. 1: x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) eps. Latents (B, 4, h, w), a_t (B, 1, 1, 1)."""
-    return alpha_bar_t.sqrt() * x0 + (1 - alpha_bar_t).sqrt() * noise
-
-
-def x0_from_eps(xt, eps, alpha_bar_t):
-    """Eq. 1 solved for x_0: x0_hat = (x_t - sqrt(1 - a_t) eps) / sqrt(a_t), (B, 4, h, w)."""
-    return (xt - (1 - alpha_bar_t).sqrt() * eps) / alpha_bar_t.sqrt()
-
-
-def posterior_sample(xt, eps, alpha_bar_t, alpha_bar_prev, noise):
-    """A sample x_{t-stride} of the DDPM posterior q(x_{t-stride} | x_t, x0_hat), (B, 4, h, w).
+def posterior_sample(xt, x0_hat, alpha_bar_t, alpha_bar_prev, noise):
+    """A sample x_{t-stride} of the DDPM posterior q(x_{t-stride} | x_t, x0_hat), (B, C, h, w).
 
     Eq. 6 and 7 of DDPM (Ho et al. 2020), with the alphas of the skipped steps multiplied. For a
     stride of 1, its gradient with respect to eps is 80 to 1,200 times smaller than x0_hat's: one
     step of 1000 moves x_t very little. This is what the paper shows D.
     """
     alpha = alpha_bar_t / alpha_bar_prev  # (B, 1, 1, 1), of the skipped steps together
-    x0_hat = x0_from_eps(xt, eps, alpha_bar_t)  # (B, 4, h, w)
     weighted_x0 = alpha_bar_prev.sqrt() * (1 - alpha) * x0_hat
     mean = weighted_x0 + alpha.sqrt() * (1 - alpha_bar_prev) * xt
     variance = (1 - alpha_bar_prev) / (1 - alpha_bar_t) * (1 - alpha)  # (B, 1, 1, 1)
     return mean / (1 - alpha_bar_t) + variance.sqrt() * noise
 
 
-def discriminator_input(kind, xt, eps, t, alpha_bar, stride, noise):
-    """What D is shown of a prediction eps at x_t: "x0" or "xprev". (B, 4, h, w) in both cases.
+def discriminator_input(prediction, kind, prediction_type, xt, t, alpha_bar, stride, noise):
+    """What D is shown of a prediction at x_t, by kind: "x0" or "xprev". (B, C, h, w) in both cases.
 
     noise: that of the posterior sample. Anchor and target get the same, so that they differ in the
     prediction alone.
     """
-    alpha_bar_t = alpha_bar[t].view(-1, 1, 1, 1)
+    a, b = coefficients(t, alpha_bar)  # (B, 1, 1, 1) each
+    x0_hat = predict_x0(prediction_type, prediction, xt, a, b)  # (B, C, h, w)
     if kind == "x0":
-        return x0_from_eps(xt, eps, alpha_bar_t)
+        return x0_hat
+    alpha_bar_t = alpha_bar[t].view(-1, 1, 1, 1)
     alpha_bar_prev = alpha_bar[(t - stride).clamp(min=0)]
     alpha_bar_prev = torch.where(t < stride, 1.0, alpha_bar_prev)  # x_0 itself has no noise
-    return posterior_sample(xt, eps, alpha_bar_t, alpha_bar_prev.view(-1, 1, 1, 1), noise)
+    return posterior_sample(xt, x0_hat, alpha_bar_t, alpha_bar_prev.view(-1, 1, 1, 1), noise)
 
 
 def loss_discriminator(logits_anchor, logits_target):
@@ -156,7 +166,7 @@ def combine_gradients(g_u, g_r, retain="cp", lam=1.0, retain_weight=1.0, project
     return g, stats
 
 
-# x0: latents of anchor images (B, 4, h, w); noise: of the same shape; t: timesteps (B,); anchor,
+# x0: latents of anchor images (B, C, h, w); noise: of the same shape; t: timesteps (B,); anchor,
 # target and retained: conditions on the prompts, whatever `predict` takes; posterior_noise: for
 # "xprev" alone. anchor_and_retained: conditions of 2B rows, the anchor's of ForgetBatch, then
 # `retained`, for the one pass of M_init that predicts both; for "distill" alone.
@@ -169,13 +179,14 @@ DocoUpdate = namedtuple("DocoUpdate", "g g_d g_r stats")
 
 
 def doco_step(
-    predict,  # the model M: (x_t (B, 4, h, w), t (B,), condition) -> eps (B, 4, h, w)
+    predict,  # the model M: (x_t (B, C, h, w), t (B,), condition) -> (B, C, h, w)
     predict_original,  # the original model M_init: the same signature
-    disc,  # D: (B, 4, h, w) -> patch logits (B, 1, 2, 2), > 0 for the anchor
+    disc,  # D: (B, C, h, w) -> patch logits (B, 1, 2, 2), > 0 for the anchor
     params,  # the trained weights of M, n numbers in all
-    alpha_bar,  # (1000,), cumulative products: alpha_t in the paper
+    alpha_bar,  # (1000,), cumulative products: alpha_t in the paper; flow matching: None
     batch_f,  # ForgetBatch
     batch_r,  # RetainBatch, sampled independently of batch_f
+    prediction_type="epsilon",  # or "v_prediction", "flow": what M predicts
     lam=1.0,  # lambda of Eq. 10
     disc_input="x0",  # or "xprev"
     stride=1,  # of "xprev"
@@ -195,38 +206,37 @@ def doco_step(
     # Eq. 1: x_t, from an image of the anchor. Eq. 8 of the paper takes the second expectation over
     # images of the target; its code uses anchor images for both, and so do we: no image of what is
     # to be unlearned is needed.
-    alpha_bar_t = alpha_bar[batch_f.t].view(-1, 1, 1, 1)
-    xt = add_noise(batch_f.x0, batch_f.noise, alpha_bar_t)  # (B, 4, h, w)
+    a, b = coefficients(batch_f.t, alpha_bar)  # (B, 1, 1, 1) each
+    xt = a * batch_f.x0 + b * batch_f.noise  # (B, C, h, w)
     if retaining:
-        alpha_bar_r = alpha_bar[batch_r.t].view(-1, 1, 1, 1)
-        xt_r = add_noise(batch_r.x0, batch_r.noise, alpha_bar_r)  # (B, 4, h, w)
+        a_r, b_r = coefficients(batch_r.t, alpha_bar)
+        xt_r = a_r * batch_r.x0 + b_r * batch_r.noise  # (B, C, h, w)
+        target_r = prediction_target(prediction_type, batch_r.x0, batch_r.noise, a_r, b_r)  # eps
 
     # Eq. 5, its first half: the original model's prediction for the anchor.
     with torch.no_grad():
         if retaining and retain == "distill":  # and, in the same pass, what is to be retained
             xt_both, t_both = torch.cat([xt, xt_r]), torch.cat([batch_f.t, batch_r.t])
-            eps_both = predict_original(xt_both, t_both, batch_r.anchor_and_retained)
-            eps_anchor, target_r = eps_both.chunk(2)  # (B, 4, h, w) each, of 2B rows
+            both = predict_original(xt_both, t_both, batch_r.anchor_and_retained)
+            pred_anchor, target_r = both.chunk(2)  # (B, C, h, w) each, of 2B rows
         else:
-            eps_anchor = predict_original(xt, batch_f.t, batch_f.anchor)  # (B, 4, h, w)
-            target_r = batch_r.noise if retaining else None  # (B, 4, h, w)
+            pred_anchor = predict_original(xt, batch_f.t, batch_f.anchor)  # (B, C, h, w)
 
-    # Eq. 9: L_r = |eps - M(x_t, anchor)|^2; "distill": M_init(x_t, retained) in place of eps. This
-    # pass of M comes first: flat_grad frees its graph before the graph of the next one is built, so
-    # that the memory holds one of them, never both.
+    # Eq. 9: L_r = |eps - M(x_t, anchor)|^2; "distill": M_init(x_t, retained) in place of eps. It
+    # comes first: flat_grad frees this graph before the next is built, memory never holds both.
     if retaining:
-        eps_r = predict(xt_r, batch_r.t, batch_r.retained)  # (B, 4, h, w)
-        loss_r = F.mse_loss(eps_r, target_r)  # 0-dim
+        pred_r = predict(xt_r, batch_r.t, batch_r.retained)  # (B, C, h, w)
+        loss_r = F.mse_loss(pred_r, target_r)  # 0-dim
         g_r = flat_grad(loss_r, params)  # (n,), the mean over the ranks
         stats["loss_r"] = loss_r
 
     # Eq. 5, its second half: the trained model's prediction for the target, at the same x_t.
     # Whatever D finds to tell the two apart comes from the prompt.
-    how = (batch_f.t, alpha_bar, stride, batch_f.posterior_noise)
-    view_anchor = discriminator_input(disc_input, xt, eps_anchor, *how)  # (B, 4, h, w)
+    how = (disc_input, prediction_type, xt, batch_f.t, alpha_bar, stride, batch_f.posterior_noise)
+    view_anchor = discriminator_input(pred_anchor, *how)  # (B, C, h, w)
     with torch.set_grad_enabled(train_model):
-        eps_target = predict(xt, batch_f.t, batch_f.target)  # (B, 4, h, w)
-        view_target = discriminator_input(disc_input, xt, eps_target, *how)  # (B, 4, h, w)
+        pred_target = predict(xt, batch_f.t, batch_f.target)  # (B, C, h, w)
+        view_target = discriminator_input(pred_target, *how)  # (B, C, h, w)
 
     if train_model:
         # Eq. 8, the model's half: L_u = -log D(v*). flat_grad goes through D to the weights of M
@@ -298,14 +308,15 @@ def unflatten(params, flat):
 def train(backbone, trained, latents, pairs, retained, conditions, args, run, processes):
     """Runs the steps of DoCo on the trained weights, {name: parameter}, in place.
 
-    latents: anchor images (N, 4, h, w), image j from entry j mod len(pairs) of the prompt pairs.
+    latents: anchor images (N, C, h, w), image j from entry j mod len(pairs) of the prompt pairs.
     retained: prompts, from choose_retained. conditions: {prompt: condition}. args: the flags, their
     defaults filled in. Resumes a run that has a checkpoint; writes the log every ten steps.
     """
     params = list(trained.values())
-    originals = [p.detach().clone() for p in params]  # all that M_init costs
+    # All that M_init costs. A LoRA begins with B = 0: its originals are the network without it.
+    originals = [p.detach().clone() for p in params]
     if args.init:
-        load_init(args.init, trained)  # after the copy: the anchor is what the original model knew
+        load_init(args.init, trained, backbone)  # after the copy: M_init has not seen it
     project_weights = null_space_projector(params, pairs, retained, conditions, args, processes)
 
     torch.manual_seed(args.seed)  # the same D on every rank; all later draws have generators
@@ -324,19 +335,18 @@ def train(backbone, trained, latents, pairs, retained, conditions, args, run, pr
     def predict_original(xt, t, condition):
         """M_init: the same network, with its original weights for this one pass."""
         swap_weights(params, originals)
-        eps = backbone.predict(xt, t, condition)
+        prediction = backbone.predict(xt, t, condition)
         swap_weights(params, originals)
-        return eps
+        return prediction
 
+    how = (pairs, retained, conditions, backbone, args, processes)
     conflicts = []  # since the last row of the log: 1 where G_u and G_r conflicted, else 0
     progress = common.progress_bar(start, args.steps, processes)
     with common.sigterm_flag() as stop_requested:
         for step in progress:
             train_model = step >= args.warmup_steps
             is_logging_step = (step + 1) % 10 == 0 or step + 1 == args.steps
-            batch_f, batch_r = sample_batches(
-                step, latents, pairs, retained, conditions, backbone.alpha_bar, args, processes
-            )
+            batch_f, batch_r = sample_batches(step, latents, *how)
 
             # All gradients at the weights as they are; then both optimizers take their steps.
             update = doco_step(
@@ -347,6 +357,7 @@ def train(backbone, trained, latents, pairs, retained, conditions, args, run, pr
                 backbone.alpha_bar,
                 batch_f,
                 batch_r,
+                backbone.prediction_type,
                 lam=args.lam,
                 disc_input=args.disc_input,
                 stride=args.stride,
@@ -417,7 +428,7 @@ def null_space_projector(params, pairs, retained, conditions, args, processes):
     return lambda: project_update(params, before, projection)
 
 
-def sample_batches(step, latents, pairs, retained, conditions, alpha_bar, args, processes):
+def sample_batches(step, latents, pairs, retained, conditions, backbone, args, processes):
     """The ForgetBatch and the RetainBatch of a step; of each, the slice of this process.
 
     Every rank samples the whole batch from (seed, step) and takes its rows. So N processes compute
@@ -430,9 +441,14 @@ def sample_batches(step, latents, pairs, retained, conditions, alpha_bar, args, 
     # Two independent batches: what D sees, and what is to be retained. In the released code the
     # second is the first one's images with other noise.
     idx, idx_r = torch.randint(len(latents), (2, n), generator=g)[:, rows].tolist()  # [B] each
-    t, t_r = torch.randint(len(alpha_bar), (2, n), generator=g)[:, rows].to(device)  # (B,) each
+    # Timesteps as the model was trained: uniform, or for flow matching shifted towards noise.
+    if backbone.shift is None:
+        times = torch.randint(len(backbone.alpha_bar), (2, n), generator=g)
+    else:
+        times = torch.stack([sample_timesteps(n, g, backbone.shift) for _ in range(2)])
+    t, t_r = times[:, rows].to(device)  # (B,) each
     noises = torch.randn(3, n, *latents.shape[1:], generator=g)[:, rows].to(device)
-    noise, noise_r, posterior_noise = noises  # (B, 4, h, w) each
+    noise, noise_r, posterior_noise = noises  # (B, C, h, w) each
 
     # Latent j was generated for entry j mod len(pairs). Where an entry has several target prompts
     # (three for a style), they take turns from step to step.
@@ -459,15 +475,16 @@ def sample_batches(step, latents, pairs, retained, conditions, alpha_bar, args, 
     return batch_f, batch_r
 
 
-def load_init(folder, trained):
+def load_init(folder, trained, backbone):
     """Loads the weights of an earlier run into the trained ones, {name: parameter}, in place."""
-    file = folder / "delta.safetensors"
+    file = next(folder / name for name in RESULTS if (folder / name).is_file())
     earlier = common.load_or_fail(file, lambda: load_file(file))
-    for name, value in earlier.items():
+    for saved_name, value in earlier.items():
+        name = backbone.lora_parameter(saved_name) if file.name == LORA else saved_name
         if name not in trained or value.shape != trained[name].shape:
             fail(
-                f"--init {folder} trained {name}, which is not trained here; "
-                f"repeat its --model and --train-method"
+                f"--init {folder} trained {saved_name}, which is not trained here; "
+                f"repeat its --model, --train-method and --rank"
             )
         trained[name].data.copy_(value)
 
@@ -582,7 +599,7 @@ def choose_retained(backbone, candidates, pairs, latents, conditions, seed, proc
     prediction, at noisy anchor images, is at less than half the anchor's distance from the
     target's. Synonyms and nicknames are far below that limit, other concepts around the whole
     distance; for the nearest relatives the draw of the images may decide. Fails if none is left.
-    pairs: (anchor prompt, [target prompts]) of each target. latents: (N, 4, h, w).
+    pairs: (anchor prompt, [target prompts]) of each target. latents: (N, C, h, w).
     """
     n = N_RETAINED * len(pairs)
 
@@ -596,13 +613,14 @@ def choose_retained(backbone, candidates, pairs, latents, conditions, seed, proc
     nearest = sorted(candidates, key=distance)[: 2 * n]
 
     # The same four noisy images for all prompts: what differs is the prompt alone.
-    x0 = latents[[k % len(latents) for k in range(4)]]  # (4, 4, h, w)
+    x0 = latents[[k % len(latents) for k in range(4)]]  # (4, C, h, w)
     t = torch.tensor([600, 750, 900, 980], device=x0.device)  # where prompts matter most
     noise = torch.randn(x0.shape, generator=common.generator(seed, "retain_prompts"))
-    xt = add_noise(x0, noise.to(x0.device), backbone.alpha_bar[t].view(-1, 1, 1, 1))
+    a, b = coefficients(t, backbone.alpha_bar)
+    xt = a * x0 + b * noise.to(x0.device)  # (4, C, h, w)
 
     def predict(prompt):
-        """M_init's prediction (4, 4, h, w)."""
+        """M_init's prediction (4, C, h, w)."""
         return backbone.predict(xt, t, expand_condition(conditions[prompt], len(xt)))
 
     of_pairs = [(predict(anchor), predict(prompts[0])) for anchor, prompts in pairs]
@@ -681,17 +699,18 @@ def check_coverage(pairs, n_images, n_targets, warn=True):
 # The settings of the paper, and of its released code where the paper is silent (D's learning rate,
 # anchor images). With --scale_lr, that code trains the model at 6e-6 * 8 images = 4.8e-5.
 PAPER = {"steps": 2000, "warmup_steps": 1000, "batch_size": 8, "lr": 6e-6, "disc_lr": 1e-4}
-PAPER_IMAGES = {"num_images": 1000, "sampling_steps": 25, "guidance": 6.0}
+PAPER_IMAGES = {"num_images": 1000}
 # For small models (latents below 32x32) such as emoji/sd: higher learning rates, fewer steps. The
 # steps are for one target; each further target adds as many, and a style takes twice as many. They
 # were chosen on the grumpy cat (for styles, on twemoji).
 SMALL = {"steps": 250, "warmup_steps": 50, "batch_size": 8, "lr": 1.5e-4, "disc_lr": 2e-4}
-SMALL_IMAGES = {"num_images": 64, "sampling_steps": 15, "guidance": 6.0}
+SMALL_IMAGES = {"num_images": 64}
+# A LoRA, which transformers get, wants a larger learning rate. Neither paper nor code has one; the
+# first is that of diffusers' examples, the second was chosen on emoji/sd3 and the grumpy cat.
+PAPER_LORA = {"lr": 1e-4}
+SMALL_LORA = {"lr": 1e-3}
 
-# --train-method: the trained weights of the UNet, as a regular expression on their names. attn2 is
-# the cross-attention, where the prompt enters. "kv", its keys and values, are 2 % of Stable
-# Diffusion's UNet; the released code trains them, the paper does not say.
-TRAINABLE = {"kv": r"attn2\.to_[kv]\.", "xattn": r"attn2\.", "full": r""}
+RESULTS = (DELTA, LORA)  # what a finished run holds: the trained weights, or a LoRA
 
 
 def parse_args(argv=None):
@@ -708,11 +727,14 @@ def parse_args(argv=None):
     add("--prompts", type=Path, help=help_text)
 
     add = parser.add_argument_group("model").add_argument
-    add("--model", default=str(common.REPO / "emoji/sd"), help="Stable Diffusion 1.x or 2.x")
+    help_text = "Stable Diffusion 1.x, 2.x, XL, 3 or 3.5, or FLUX.1: folder or hub id"
+    add("--model", default=str(common.REPO / "emoji/sd"), help=help_text)
     add("--init", type=Path, help="earlier run folder to start from; its concepts stay unlearned")
     add("--resolution", type=int, help="side of an image in pixels (without it: the model's own)")
-    help_text = "keys and values of the cross-attention, all of the cross-attention, or the UNet"
-    add("--train-method", choices=TRAINABLE, default="kv", help=help_text)
+    help_text = "the text's keys and values in the attention, all of that attention, the network, "
+    help_text += "or a LoRA of all attention (without it: kv; for a transformer lora)"
+    add("--train-method", choices=(*TRAINABLE, "lora"), help=help_text)
+    add("--rank", type=int, default=16, help="of --train-method lora")
 
     # The values in brackets are the paper's and the small-model preset's.
     group = parser.add_argument_group("training", "without a value: (paper; small models)")
@@ -720,7 +742,7 @@ def parse_args(argv=None):
     add("--steps", type=int, help="training steps in all (2000; 250 per target, 500 for a style)")
     add("--warmup-steps", type=int, help="of these, the first ones train D alone (1/2; 1/5)")
     add("--batch-size", type=int, help="images per step, over all processes (8; 8)")
-    add("--lr", type=float, help="learning rate of the model (6e-6; 1.5e-4)")
+    add("--lr", type=float, help="learning rate of the model (6e-6, LoRA 1e-4; 1.5e-4, LoRA 1e-3)")
     add("--disc-lr", type=float, help="of the discriminator (1e-4; 2e-4; 5 times that for styles)")
 
     add = parser.add_argument_group("method").add_argument
@@ -745,15 +767,24 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def fill_defaults(args, small, processes):
+def fill_defaults(args, backbone, processes):
     """Returns the flags with their defaults filled in, and the preset of the anchor images.
 
-    small: latents below 32x32, the model gets the small-model preset. Flags that were given are not
-    touched. Fails on values outside their range.
+    Latents below 32x32 get the small-model preset. Flags that were given are not touched. Fails on
+    values outside their range.
     """
     args = argparse.Namespace(**vars(args))  # the caller's stays as it was typed
+    # In a UNet the prompt enters through keys and values of its own. In a transformer the text's
+    # tokens change from block to block, so that the whole attention has a part in a concept.
+    small, is_transformer = backbone.small, backbone.net_name == "transformer"
+    args.train_method = args.train_method or ("lora" if is_transformer else "kv")
     preset = dict(SMALL if small else PAPER)
-    images = dict(SMALL_IMAGES if small else PAPER_IMAGES)
+    if args.train_method == "lora":
+        preset |= SMALL_LORA if small else PAPER_LORA
+    # The anchor images are generated as the family generates images.
+    images = {"sampling_steps": backbone.sampling_steps, "guidance": backbone.guidance}
+    images |= SMALL_IMAGES if small else PAPER_IMAGES
+
     if args.concept_type == "style":
         preset["disc_lr"] *= 5  # as in the released code
     if small:
@@ -800,13 +831,28 @@ def check_flags(args):
         fail("--retain-prompts goes with --retain distill or --null-space")
     if args.null_space is not None and not 0 < args.null_space <= 1:
         fail(f"--null-space {args.null_space:g}: expected a fraction in (0, 1]")
-    if args.null_space is not None and args.train_method != "kv":
-        fail("--null-space goes with --train-method kv: only keys and values see embeddings alone")
     if args.retain_prompts == "vocabulary" and args.init:
         # The original model knows the earlier run's concepts, and they are in the vocabulary.
         fail("--retain-prompts vocabulary would bring back what --init unlearned; give a file")
-    if args.init and not (args.init / "delta.safetensors").is_file():
-        fail(f"--init {args.init}: no delta.safetensors there; expected a finished run's folder")
+    if args.init and not any((args.init / name).is_file() for name in RESULTS):
+        fail(f"--init {args.init}: no {RESULTS[0]} there; expected a finished run's folder")
+
+
+def check_model(args, backbone):
+    """Fails on flags that this family has no use for. args: their defaults filled in."""
+    # x_{t-1} is a sample of DDPM's posterior; the path of a flow has none.
+    if backbone.prediction_type == "flow" and args.disc_input == "xprev":
+        fail("--disc-input xprev: flow matching has no posterior of x_{t-1}; expected x0")
+    # The projection is exact where keys and values are a matrix times the prompt's embeddings. In a
+    # transformer that holds for the first block alone.
+    if backbone.net_name == "transformer" and args.null_space is not None:
+        fail("--null-space: the keys and values of a transformer see more than embeddings")
+    if args.null_space is not None and args.train_method != "kv":
+        fail("--null-space goes with --train-method kv: only keys and values see embeddings alone")
+    if args.rank < 1:
+        fail(f"--rank {args.rank}: expected at least 1")
+    if args.rank != 16 and args.train_method != "lora":
+        fail(f"--rank {args.rank} goes with --train-method lora, not {args.train_method}")
 
 
 # ---- 5. the run ---------------------------------------------------------------------------------
@@ -827,16 +873,12 @@ def unlearn(args):
     if args.retain_prompts and args.retain_prompts != "vocabulary":  # that needs the tokenizer
         read_retain_prompts(args.retain_prompts, args.target)  # or fails
     out = args.out or Path("runs") / common.run_name("doco", args.target)
-    run = common.open_run(out, ["delta.safetensors"], args.resume, processes)
+    run = common.open_run(out, RESULTS, args.resume, processes)
 
-    # The original model, and the settings for its size.
-    backbone = load_backbone(args.model, (StableDiffusion,))
-    if backbone.prediction_type != "epsilon":
-        fail(
-            f"--model {args.model} predicts {backbone.prediction_type}; "
-            f"only models that predict epsilon are supported"
-        )
-    args, images = fill_defaults(args, backbone.small, processes)
+    # The original model, and the settings for its family and size.
+    backbone = load_backbone(args.model, tuple(f for f in FAMILIES if f is not DDPM))
+    args, images = fill_defaults(args, backbone, processes)
+    check_model(args, backbone)
     args.resolution = backbone.check_resolution(args.resolution)
     least = 8 * backbone.scale_factor  # latents of 8x8: two layers of the discriminator
     if args.resolution < least:
@@ -853,20 +895,22 @@ def unlearn(args):
     contents = {"--model": backbone.fingerprint(), "--prompts": common.fingerprint(pairs)}
     contents |= {"--retain-prompts": common.fingerprint(others)} if others else {}
     if args.init:
-        contents["--init"] = common.fingerprint(args.init / "delta.safetensors")
+        earlier = [args.init / name for name in RESULTS]
+        contents["--init"] = common.fingerprint(*(f for f in earlier if f.is_file()))
     common.record_settings(run, args, contents, processes)
     if run.finished:  # training had finished; evaluation or --save-pipeline was interrupted
         return finish(args, run, processes)
     if processes.rank == 0:
         print(
             f"{'small-model' if backbone.small else 'paper'} preset: {args.steps} steps, the first "
-            f"{args.warmup_steps} for D alone, batch {args.batch_size}, lr {args.lr:g}, "
+            f"{args.warmup_steps} for D alone, batch {args.batch_size}, "
+            f"train {args.train_method}, lr {args.lr:g}, "
             f"disc lr {args.disc_lr:g}, disc input {args.disc_input} (stride {args.stride}), "
             f"retain {args.retain}, lambda {args.lam:g}"
         )
 
     latents = anchor_latents(backbone, conditions, pairs, images, args, contents, run, processes)
-    backbone.pipe = None  # the VAE leaves the memory; the UNet stays
+    backbone.pipe = None  # the VAE leaves the memory; the network stays
     first = pairs[: len(args.target)]  # each target's first pair
     how = (first, latents, conditions, args.seed, processes)
     retained = choose_retained(backbone, others, *how) if others else []
@@ -874,28 +918,28 @@ def unlearn(args):
     for prompt in set(others) - {*retained, *(p for anchor, ts in pairs for p in (anchor, *ts))}:
         del conditions[prompt]
 
-    # What is trained. The rest of the UNet needs no gradient.
-    pattern = re.compile(TRAINABLE[args.train_method])
-    trained = {n: p for n, p in backbone.net.named_parameters() if pattern.search(n)}
-    for p in trained.values():
-        p.requires_grad_()
+    # What is trained. The rest of the network needs no gradient.
+    trained = backbone.trainable_weights(args.train_method, args.rank, args.seed)
     if args.gradient_checkpointing:
         backbone.net.enable_gradient_checkpointing()
     if args.compile:
         backbone.net.compile()
     train(backbone, trained, latents, pairs, retained, conditions, args, run, processes)
 
-    # Only the trained tensors, under their UNet names: plain diffusers loads them.
+    # Only the trained tensors, under the names by which plain diffusers loads them.
     if processes.rank == 0:
+        is_lora = args.train_method == "lora"
+        tensors = backbone.lora_state() if is_lora else trained
         metadata = {"format": "pt", "method": "doco", "base_model": args.model}
-        common.atomic_save(run.out / "delta.safetensors", trained, metadata=metadata)
+        common.atomic_save(run.out / RESULTS[is_lora], tensors, metadata=metadata)
         run.checkpoint.unlink(missing_ok=True)
-        print(f"\nload it with:\n{loading_lines(args, run.out)}\n")
+        lines = loading_lines(backbone, args.model, run.out, args.target[0])
+        print(f"\nload it with:\n{lines}\n")
     return finish(args, run, processes)
 
 
 def anchor_latents(backbone, conditions, pairs, images, args, contents, run, processes):
-    """The anchor images x_0 as latents (N, 4, h, w), generated by the original model.
+    """The anchor images x_0 as latents (N, C, h, w), generated by the original model.
 
     By DPM-Solver++ with guidance, as in the released code, which saves them as JPEG in between.
     Image j follows (seed, j) and the anchor prompt of entry j of the pairs, whatever the number of
@@ -936,25 +980,11 @@ def finish(args, run, processes):
     """
     pipeline = run.out / "pipeline"
     if processes.rank == 0 and args.save_pipeline and not pipeline.exists():
-        classes = (StableDiffusion.pipeline_class,)
-        pipe = load_pipeline(args.model, classes, safety_checker=True, dtype=torch.float32)
-        pipe.unet.load_state_dict(load_file(run.out / "delta.safetensors"), strict=False)
+        pipe = load_pipeline(args.model, safety_checker=True, dtype=torch.float32)
+        load_unlearned(pipe, run.out)
         common.atomic_save(pipeline, pipe=pipe)
     common.close_processes(processes)
     return run.out if processes.rank == 0 else None
-
-
-def loading_lines(args, out):
-    """The lines of Python that load the result in plain diffusers and generate the target."""
-    return f"""
-import torch
-from diffusers import StableDiffusionPipeline
-from safetensors.torch import load_file
-
-pipe = StableDiffusionPipeline.from_pretrained({args.model!r}, dtype=torch.float32)
-pipe.unet.load_state_dict(load_file({str(out / "delta.safetensors")!r}), strict=False)
-pipe({args.target[0]!r}).images[0].save("after.png")
-"""
 
 
 def main():

@@ -62,6 +62,7 @@ be computed is reported as "skipped", with the reason.
 import argparse
 import csv
 import datetime
+import functools
 import hashlib
 import json
 import math
@@ -77,7 +78,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
-from diffusers import DDIMPipeline, DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
+from diffusers import DDIMPipeline, DDIMScheduler, DDPMScheduler
 from PIL import ImageDraw
 from safetensors.torch import load_file
 from torch import nn
@@ -86,9 +87,10 @@ from tqdm import tqdm
 import plots
 from backbones import (
     DDPM,
+    DELTA,
+    LORA,
     TEXT_ENCODERS,
-    StableDiffusion,
-    StableDiffusion3,
+    expand_condition,
     is_embedded,
     load_backbone,
 )
@@ -127,8 +129,6 @@ from plots import COPY, to_pil
 DEFAULT_CLIP = "openai/clip-vit-base-patch32"
 
 # What a run folder or a pipeline folder holds
-LORA = "pytorch_lora_weights.safetensors"
-DELTA = "delta.safetensors"  # the changed tensors of a run of doco.py
 MODEL_FILES = ("model_index.json", "pipeline", DELTA, LORA)  # any of them makes a folder a model
 
 N_PROBES = 4  # noises of the probe, per forget image
@@ -461,31 +461,30 @@ def probe_scheduler(config, clip):
 
 
 @torch.no_grad()
-def denoise_ancestral(net, scheduler, z, noise, condition, generator):
-    """The probe of DDPM and Stable Diffusion 1/2 -> (n, C, h, w).
+def denoise_ancestral(predict, scheduler, z, noise, generator):
+    """The probe of the models that are no flow -> (n, C, h, w).
 
     z (1, C, h, w) is noised to t = 250 by noise (n, C, h, w) and denoised in 251 steps, 250 to 0.
-    condition: keyword arguments of the network, n rows.
+    predict: (x_t, t (n,)) -> prediction.
     """
     scheduler.set_timesteps(1000)
     z = scheduler.add_noise(z, noise, torch.tensor([250]))
     for t in range(250, -1, -1):
         timestep = torch.full((len(z),), t, device=z.device)
-        pred = net(z, timestep=timestep, **condition).sample
-        z = scheduler.step(pred, t, z, generator=generator).prev_sample
+        z = scheduler.step(predict(z, timestep), t, z, generator=generator).prev_sample
     return z
 
 
 @torch.no_grad()
-def denoise_flow(net, z, noise, condition):
-    """The probe of Stable Diffusion 3 -> (n, C, h, w): to s = 0.5, and back in 25 Euler steps.
+def denoise_flow(predict, z, noise):
+    """The probe of a flow-matching model -> (n, C, h, w): to s = 0.5, and back in 25 Euler steps.
 
-    The network expects the timestep 1000 s; a step is 0.02 long.
+    predict: (x_t, t (n,)) -> velocity, with t = 1000 s; a step is 0.02 long.
     """
     z = (z + noise) / 2
     for k in range(25, 0, -1):
         timestep = torch.full((len(z),), 20.0 * k, device=z.device)
-        z = z - 0.02 * net(z, timestep=timestep, **condition).sample
+        z = z - 0.02 * predict(z, timestep)
     return z
 
 
@@ -533,11 +532,11 @@ class Sampler:
             fail(str(e).partition("error: ")[2].replace("--model", "--before"))
         self.pipe, self.net = self.backbone.pipe, self.backbone.net
         self.ddpm = isinstance(self.backbone, DDPM)
-        self.flow = isinstance(self.backbone, StableDiffusion3)
+        self.flow = self.backbone.prediction_type == "flow"
         self.embedded, self.small = is_embedded(model), self.backbone.small
         self.device, self.cache = device, cache
         self.strength = None  # of the LoRA: a function of the prompt, or None: 1
-        # Stable Diffusion 1/2 is sampled in bfloat16, also on a CPU; the others in float32
+        # UNets with a prompt are sampled in bfloat16, also on a CPU; the others in float32
         self.autocast = not (self.ddpm or self.flow)
         self._set_size(model, resolution)
         trained_with = self.pipe.scheduler  # of the config that the samplers and the probe follow
@@ -555,27 +554,20 @@ class Sampler:
         """Sets the side of an image, or fails if the network cannot take it."""
         unit = self.backbone.resolution_unit
         native = self.backbone.sample_size * self.backbone.scale_factor
-        self.size = image_size(model, native, unit, resolution)
+        self.size = self.backbone.check_resolution(image_size(model, native, unit, resolution))
         if self.ddpm:
             self.net.register_to_config(sample_size=self.size)  # its pipeline takes no height
-        if self.flow and self.size > (most := unit * self.net.config.pos_embed_max_size):
+        most = unit * self.net.config.get("pos_embed_max_size", math.inf)
+        if self.size > most:
             fail(f"--resolution {self.size}: expected at most {most}, as {model} needs")
 
     def _set_sampler(self):
         """Sets scheduler, steps and guidance of the family."""
-        scheduler = self.pipe.scheduler
-        self.steps = 25
+        self.steps, self.guidance = self.backbone.sampling_steps, self.backbone.guidance
         if self.ddpm:
-            self.sampler = DDIMScheduler.from_config(scheduler.config)
-            self.guidance = None
-        elif self.flow:
-            self.sampler = scheduler
-            self.guidance = 4.0 if self.small else 7.0
+            self.sampler = DDIMScheduler.from_config(self.pipe.scheduler.config)
         else:
-            self.sampler = DPMSolverMultistepScheduler.from_config(scheduler.config)
-            self.pipe.scheduler = self.sampler
-            self.guidance = 6.0
-            self.steps = 15 if self.small else 25
+            self.sampler = self.pipe.scheduler = self.backbone.image_scheduler()
 
     def _cache_key(self, trained_with):
         """What must be equal for a sample to be the same. Call it before any weight changes."""
@@ -591,11 +583,11 @@ class Sampler:
         return [prints, *names, config, self.steps, self.guidance, *place]
 
     def _set_device(self):
-        """Moves the model to the device, but for the text encoders of Stable Diffusion 3.
+        """Moves the model to the device, but for the text encoders of flow-matching models.
 
-        They are larger than its transformer. They stay on the CPU and come to the device only to
-        encode; while images are sampled, the pipeline has none. Stable Diffusion 1/2 keeps its own:
-        it is small, and an adapter whose strength depends on the prompt needs it.
+        They are larger than the transformer. They stay on the CPU and come to the device only to
+        encode; while images are sampled, the pipeline has none. Stable Diffusion 1/2/XL keeps its
+        own: they are small, and an adapter whose strength depends on the prompt needs them.
         """
         self.known = {}  # {prompt: its embeddings}
         self.encoders = {}  # {name: text encoder}
@@ -697,14 +689,7 @@ class Sampler:
 
     def _encode_chunk(self, texts):
         """encode() of a few texts at once."""
-        if self.flow:
-            rows, _, pooled, _ = self.pipe.encode_prompt(
-                texts, None, None, device=self.device, do_classifier_free_guidance=False
-            )
-            parts = {"prompt_embeds": rows, "pooled_prompt_embeds": pooled}
-        else:
-            rows, _ = self.pipe.encode_prompt(texts, self.device, 1, False)
-            parts = {"prompt_embeds": rows}
+        parts = self.backbone.embed(texts, self.device)
         return {
             text: {name: part[k : k + 1].cpu() for name, part in parts.items()}
             for k, text in enumerate(texts)
@@ -779,11 +764,12 @@ class Sampler:
             z = self.backbone.encode(x[None])
             condition = {} if self.ddpm else self._probe_condition(prompt, n)
             noise = torch.randn(n, *z.shape[1:], generator=g).to(self.device)
+            predict = functools.partial(self.backbone.run_net, condition=condition)
             if self.flow:
-                z = denoise_flow(self.net, z, noise, condition)
+                z = denoise_flow(predict, z, noise)
             else:
                 scheduler = probe_scheduler(self.pipe.scheduler.config, clip=self.ddpm)
-                z = denoise_ancestral(self.net, scheduler, z, noise, condition, g)
+                z = denoise_ancestral(predict, scheduler, z, noise, g)
             pixels = self.backbone.decode(z).clamp(-1, 1).cpu()
             return ((pixels + 1) * 127.5).round().byte()
 
@@ -791,11 +777,9 @@ class Sampler:
 
     def _probe_condition(self, prompt, n):
         """The network's condition on a prompt, n rows, in float32 (samples have bfloat16)."""
-        parts = self.encode([prompt])[prompt]
-        condition = {"encoder_hidden_states": parts["prompt_embeds"].expand(n, -1, -1)}
-        if self.flow:
-            condition["pooled_projections"] = parts["pooled_prompt_embeds"].expand(n, -1)
-        return {name: part.to(self.device) for name, part in condition.items()}
+        parts, names = self.encode([prompt])[prompt], self.backbone.condition_names
+        condition = {name: parts[argument].to(self.device) for name, argument in names.items()}
+        return expand_condition(condition, n)
 
     def _cached(self, key, make):
         """cached() for the original weights, make() for changed ones."""
@@ -909,9 +893,8 @@ def concept(args):
     # 1. Everything that can be wrong with the input, before an hour of sampling
     check_num_images(args.num_images, 1)
     sampler = Sampler(args.before, args.device, args.cache, args.resolution)
-    if not isinstance(sampler.backbone, StableDiffusion):
-        family = type(sampler.pipe).__name__
-        fail(f"--before {args.before} is a {family}; expected a StableDiffusionPipeline")
+    if sampler.ddpm:
+        fail(f"--before {args.before} is a DDPM, which takes no prompt; expected text-to-image")
     clip, extract, extractor = load_networks(args, sampler.embedded)
     rows = concept_prompts(args, sampler.embedded)
 

@@ -53,20 +53,18 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # see backbones.py
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from diffusers.training_utils import cast_training_params
-from peft import LoraConfig
-from peft.utils import get_peft_model_state_dict
-from safetensors.torch import load_file
 from tqdm import tqdm
 
 import common
 from backbones import (
-    DDPM,
-    StableDiffusion3,
+    LORA,
     coefficients,
     load_backbone,
     load_pipeline,
+    load_unlearned,
+    loading_lines,
     prediction_target,
+    sample_timesteps,
 )
 from common import fail
 from doco import swap_weights
@@ -102,24 +100,6 @@ def mse_per_sample(prediction, target):
     A mean, not the paper's squared norm: its scale does not grow with the resolution.
     """
     return (prediction - target).square().mean((1, 2, 3))
-
-
-def sample_timesteps(n, generator, shift=None, stratified=False):
-    """n timesteps (n,): independent, as in Algorithm 1, or one from each of n equal quantiles.
-
-    Stratified timesteps have the same distribution, but a mean over the batch varies less. With
-    shift None: uniform on 0 .. 999. For flow matching, shift is the scheduler's: logit-normal times
-    shifted towards noise, as Stable Diffusion 3 was trained (Esser et al. 2024), in [1, 1000]. The
-    velocity towards the surrogate grows as 1 / s; with uniform times, one sample near s = 0 would
-    outweigh all others.
-    """
-    u = torch.rand(n, generator=generator)  # (n,), uniform on [0, 1): a quantile of each sample
-    if stratified:
-        u = (torch.arange(n) + u) / n  # sample i lies in [i / n, (i + 1) / n)
-    if shift is None:
-        return (1000 * u).long().clamp(max=999)  # rounding may lift u to 1
-    s = torch.special.ndtri(u).sigmoid()  # a normal sample by its quantile, then logit-normal
-    return (1000 * shift * s / (1 + (shift - 1) * s)).clamp(min=1)
 
 
 def no_surgery(g_f, g_r):
@@ -589,7 +569,7 @@ def fill_defaults(args, backbone, processes):
 
 # ---- 6. the run ---------------------------------------------------------------------------------
 
-RESULTS = ("pipeline", "pytorch_lora_weights.safetensors")  # of a DDPM; of a LoRA
+RESULTS = ("pipeline", LORA)  # of a DDPM; of a LoRA
 
 
 def unlearn(args):
@@ -604,11 +584,6 @@ def unlearn(args):
 
     # The original model, and the settings for its family and size.
     backbone = load_backbone(args.model)
-    if backbone.prediction_type not in ("epsilon", "v_prediction", "flow"):
-        fail(
-            f"--model {args.model} predicts {backbone.prediction_type}; "
-            f"expected epsilon, v_prediction or flow matching"
-        )
     # "" is the unconditional prompt of guidance; a dict keeps the order and drops duplicates.
     prompts = {"": None, args.prompt or "": None, args.surrogate_prompt or args.prompt or "": None}
     if not backbone.takes_prompt and len(prompts) > 1:
@@ -670,7 +645,8 @@ def unlearn(args):
 
     if processes.rank == 0:
         save(backbone, run)
-        print(f"\nload it with:\n{loading_lines(args, backbone, run.out)}\n")
+        lines = loading_lines(backbone, args.model, run.out, args.prompt or "")
+        print(f"\nload it with:\n{lines}\n")
     return finish(args, run, processes)
 
 
@@ -706,26 +682,13 @@ def make_surrogates(backbone, x_f, sample, timesteps, conditions, args, run, pro
 
 def trainable_weights(backbone, args):
     """{name: parameter} of what is trained: the whole DDPM, or a LoRA of the attention."""
-    net = backbone.net
-    if backbone.lora_targets is None:
-        trained = dict(net.requires_grad_().named_parameters())
-    else:
-        torch.manual_seed(args.seed)  # the same LoRA on every rank
-        # alpha = rank: the LoRA is added with weight 1, whatever its rank.
-        net.add_adapter(
-            LoraConfig(
-                r=args.rank,
-                lora_alpha=args.rank,
-                init_lora_weights="gaussian",
-                target_modules=list(backbone.lora_targets),
-            )
-        )
-        cast_training_params(net)  # the LoRA in fp32, whatever the network's dtype
-        trained = {n: p for n, p in net.named_parameters() if p.requires_grad}
+    # A DDPM has no part that a prompt or its attention could name: the image may be anywhere.
+    method = "lora" if backbone.lora_targets else "full"
+    trained = backbone.trainable_weights(method, args.rank, args.seed)
     if args.gradient_checkpointing:
-        net.enable_gradient_checkpointing()
+        backbone.net.enable_gradient_checkpointing()
     if args.compile:
-        net.compile()
+        backbone.net.compile()
     return trained
 
 
@@ -734,11 +697,8 @@ def save(backbone, run):
     if backbone.lora_targets is None:
         common.atomic_save(run.out / "pipeline", pipe=backbone.pipe)
     else:
-        weights = get_peft_model_state_dict(backbone.net)
-        # load_lora_weights expects names that begin with unet. or transformer.
-        lora = {f"{backbone.net_name}.{name}": p for name, p in weights.items()}
-        file = run.out / "pytorch_lora_weights.safetensors"
-        common.atomic_save(file, lora, metadata={"format": "pt"})
+        file = run.out / LORA
+        common.atomic_save(file, backbone.lora_state(), metadata={"format": "pt"})
     run.checkpoint.unlink(missing_ok=True)
 
 
@@ -752,9 +712,7 @@ def finish(args, run, processes):
     pipeline = run.out / "pipeline"
     if processes.rank == 0 and args.save_pipeline and not pipeline.exists():
         pipe = load_pipeline(args.model, safety_checker=True, dtype=torch.float32)
-        pipe.load_lora_weights(load_file(run.out / "pytorch_lora_weights.safetensors"))
-        pipe.fuse_lora()
-        pipe.unload_lora_weights()
+        load_unlearned(pipe, run.out)
         common.atomic_save(pipeline, pipe=pipe)
     common.close_processes(processes)
     return run.out if processes.rank == 0 else None
@@ -771,29 +729,6 @@ def preset_line(args, backbone):
         f"{args.lr_scheduler}, {args.timestep_sampling} timesteps, {weight}, "
         f"surgery {args.surgery}, remember loss {args.remember_loss}"
     )
-
-
-def loading_lines(args, backbone, out):
-    """The lines of Python that load the result in plain diffusers and sample an image."""
-    if isinstance(backbone, DDPM):
-        return f"""
-from diffusers import DDPMPipeline
-
-pipe = DDPMPipeline.from_pretrained({str(out / "pipeline")!r})
-pipe(num_inference_steps=50).images[0].save("after.png")
-"""
-    family = backbone.pipeline_class.__name__
-    absent = ""  # diffusers must be told of a component that the folder lacks
-    if isinstance(backbone, StableDiffusion3) and not backbone.has_t5:
-        absent = "text_encoder_3=None, tokenizer_3=None, "
-    return f"""
-import torch
-from diffusers import {family}
-
-pipe = {family}.from_pretrained({args.model!r}, {absent}dtype=torch.float32)
-pipe.load_lora_weights({str(out)!r})
-pipe({args.prompt or ""!r}).images[0].save("after.png")
-"""
 
 
 def main():

@@ -45,7 +45,14 @@ import torch
 from diffusers import DDIMScheduler
 from tqdm import tqdm
 
-from backbones import DDPM, FAMILIES, StableDiffusion, is_embedded, load_backbone
+from backbones import (
+    DDPM,
+    FAMILIES,
+    StableDiffusion,
+    is_embedded,
+    load_backbone,
+    sample_timesteps,
+)
 from common import (
     REPO,
     HelpFormatter,
@@ -62,7 +69,7 @@ from common import (
     run_name,
 )
 from doco import prompt_pairs
-from instance_unlearn import drop_forget_files, sample_timesteps
+from instance_unlearn import drop_forget_files
 
 # What a finished run leaves in its folder: changed weights, a LoRA, or a whole pipeline
 RESULTS = ("delta.safetensors", "pytorch_lora_weights.safetensors", "pipeline")

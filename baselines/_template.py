@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from backbones import coefficients
+from backbones import TRAINABLE, coefficients
 from baselines import (
     concept_parser,
     concept_prompts,
@@ -29,7 +29,7 @@ from baselines import (
     with_preset,
 )
 from common import generator
-from doco import TRAINABLE, check_coverage
+from doco import check_coverage
 
 TASK = "concept"
 ROWS = [

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from backbones import coefficients, prediction_target
+from backbones import TRAINABLE, coefficients, prediction_target
 from baselines import (
     concept_parser,
     concept_prompts,
@@ -36,7 +36,7 @@ from baselines import (
     with_preset,
 )
 from common import generator
-from doco import TRAINABLE, check_coverage
+from doco import check_coverage
 
 TASK = "concept"
 ROWS = [

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from backbones import TRAINABLE
 from baselines import (
     concept_parser,
     concept_prompts,
@@ -39,7 +40,7 @@ from baselines import (
     with_preset,
 )
 from common import generator
-from doco import TRAINABLE, check_coverage
+from doco import check_coverage
 
 TASK = "concept"
 ROWS = [

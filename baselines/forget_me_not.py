@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from backbones import coefficients
+from backbones import TRAINABLE, coefficients
 from baselines import (
     concept_parser,
     concept_prompts,
@@ -37,7 +37,7 @@ from baselines import (
     with_preset,
 )
 from common import fail, generator, list_images, read_cropped
-from doco import TRAINABLE, check_coverage
+from doco import check_coverage
 
 TASK = "concept"
 ROWS = [

@@ -48,6 +48,7 @@ from pathlib import Path
 
 import torch
 
+from backbones import TRAINABLE
 from baselines import (
     concept_parser,
     load_text_to_image,
@@ -60,7 +61,7 @@ from baselines import (
 )
 from baselines.uce import erase_pairs, paired_vectors, text_vectors
 from common import fail, generator, pick_device
-from doco import TRAINABLE, read_retain_prompts
+from doco import read_retain_prompts
 
 TASK = "concept"
 ROWS = [

@@ -26,6 +26,7 @@ from pathlib import Path
 
 import torch
 
+from backbones import TRAINABLE
 from baselines import (
     concept_parser,
     concept_prompts,
@@ -38,7 +39,7 @@ from baselines import (
     with_preset,
 )
 from common import pick_device
-from doco import TRAINABLE, read_retain_prompts
+from doco import read_retain_prompts
 
 TASK = "concept"
 ROWS = [
