@@ -17,15 +17,27 @@ from diffusers import (
     AutoencoderKL,
     DDPMPipeline,
     DDPMScheduler,
+    EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
     PNDMScheduler,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
     UNet2DConditionModel,
     UNet2DModel,
 )
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5TokenizerFast,
+)
 
 import common
 
@@ -42,6 +54,19 @@ def text_config(tokenizer, side, **more):
         num_attention_heads=2,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
+        **more,
+    )
+
+
+def small_vae(**more):
+    """A VAE with 4 channels, and 2x2 pixels per latent."""
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        latent_channels=4,
+        sample_size=16,
         **more,
     )
 
@@ -128,21 +153,10 @@ def tiny_sd3(tmp_path_factory):
         pooled_projection_dim=32,
         pos_embed_max_size=8,
     )
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(8, 8),
-        norm_num_groups=4,
-        latent_channels=4,
-        sample_size=16,
-        scaling_factor=0.5,
-        shift_factor=0.1,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-    )
+    no_quantization = {"use_quant_conv": False, "use_post_quant_conv": False}
     pipe = StableDiffusion3Pipeline(
         transformer=transformer,
-        vae=vae,
+        vae=small_vae(scaling_factor=0.5, shift_factor=0.1, **no_quantization),
         tokenizer=tokenizer,
         tokenizer_2=tokenizer,
         tokenizer_3=None,
@@ -152,6 +166,86 @@ def tiny_sd3(tmp_path_factory):
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
     )
     folder = tmp_path_factory.mktemp("tiny") / "sd3"
+    pipe.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_sdxl(tmp_path_factory):
+    """Folder of a Stable Diffusion XL, 8x8 latents of 16x16 pixels."""
+    torch.manual_seed(0)
+    tokenizer = CLIPTokenizer.from_pretrained(TOKENIZER, subfolder="tokenizer")
+    text = text_config(tokenizer, 16, projection_dim=16)
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        layers_per_block=1,
+        block_out_channels=(16, 32),
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=2,
+        use_linear_projection=True,
+        cross_attention_dim=32,  # of both text encoders together
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=16 + 6 * 8,  # the pooled text, six sizes
+    )
+    scheduler = EulerDiscreteScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        timestep_spacing="leading",
+        steps_offset=1,
+    )
+    scheduler.register_to_config(clip_sample=False)  # as in the hub's folder
+    pipe = StableDiffusionXLPipeline(
+        unet=unet,
+        vae=small_vae(scaling_factor=0.13025),
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+        text_encoder=CLIPTextModel(text),
+        text_encoder_2=CLIPTextModelWithProjection(text),
+        scheduler=scheduler,
+    )
+    folder = tmp_path_factory.mktemp("tiny") / "sdxl"
+    pipe.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_flux(tmp_path_factory):
+    """Folder of a FLUX.1-dev. Native are 256x256 pixels, whatever its parts; 16x16 are enough."""
+    torch.manual_seed(0)
+    tokenizer = CLIPTokenizer.from_pretrained(TOKENIZER, subfolder="tokenizer")
+    special = [(token, 0.0) for token in ("<pad>", "</s>", "<unk>")]
+    letters = [(letter, -2.0) for letter in "▁abcdefghijklmnopqrstuvwxyz"]
+    spelling = T5TokenizerFast(vocab=special + letters, extra_ids=0)
+    small = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+    transformer = FluxTransformer2DModel(
+        in_channels=16,
+        num_layers=2,
+        num_single_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        pooled_projection_dim=16,
+        guidance_embeds=True,
+        axes_dims_rope=(2, 2, 4),
+    )
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        shift=3.0, use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15
+    )
+    no_quantization = {"use_quant_conv": False, "use_post_quant_conv": False}
+    pipe = FluxPipeline(
+        transformer=transformer,
+        vae=small_vae(scaling_factor=0.3611, shift_factor=0.1159, **no_quantization),
+        tokenizer=tokenizer,
+        tokenizer_2=spelling,
+        text_encoder=CLIPTextModel(text_config(tokenizer, 16)),
+        text_encoder_2=T5EncoderModel(T5Config(**small, vocab_size=len(spelling))),
+        scheduler=scheduler,
+    )
+    folder = tmp_path_factory.mktemp("tiny") / "flux"
     pipe.save_pretrained(folder)
     return folder
 

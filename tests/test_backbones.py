@@ -1,9 +1,11 @@
 """backbones.py against plain diffusers, on tiny models of each family."""
 
 import json
+import math
 import shutil
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from diffusers import (
@@ -12,10 +14,18 @@ from diffusers import (
     DDPMPipeline,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
 )
+from diffusers.models.attention_processor import Attention
+from diffusers.models.transformers.transformer_flux import FluxAttention
+from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
 from transformers import T5Config, T5EncoderModel
 
 import backbones
@@ -23,21 +33,47 @@ import common
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "flow")
 CPU = torch.device("cpu")
+# {family: (pipeline of diffusers, what its loading must be told)}
+PIPELINES = {
+    "ddpm": (DDPMPipeline, {}),
+    "sd": (StableDiffusionPipeline, {"safety_checker": None}),
+    "sdxl": (StableDiffusionXLPipeline, {}),
+    "sd3": (StableDiffusion3Pipeline, {"text_encoder_3": None, "tokenizer_3": None}),
+    "flux": (FluxPipeline, {"dtype": {"default": torch.float32, "text_encoder_2": torch.bfloat16}}),
+}
+WITH_PROMPT = ("sd", "sdxl", "sd3", "flux")
+SIDES = {"ddpm": 16, "sd": 64, "sdxl": 16, "sd3": 16, "flux": 16}  # of an image, in pixels
 
 
 @pytest.fixture(scope="module")
-def folders(tiny, tiny_ddpm, tiny_sd3):
-    return {"ddpm": tiny_ddpm, "sd": tiny, "sd3": tiny_sd3}
+def folders(tiny, tiny_ddpm, tiny_sdxl, tiny_sd3, tiny_flux):
+    return {"ddpm": tiny_ddpm, "sd": tiny, "sdxl": tiny_sdxl, "sd3": tiny_sd3, "flux": tiny_flux}
 
 
 def plain(family, folder):
     """The pipeline by diffusers alone."""
-    if family == "ddpm":
-        return DDPMPipeline.from_pretrained(folder)
-    if family == "sd":
-        return StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
-    absent = {"text_encoder_3": None, "tokenizer_3": None}
-    return StableDiffusion3Pipeline.from_pretrained(folder, **absent)
+    pipeline, told = PIPELINES[family]
+    pipe = pipeline.from_pretrained(folder, **told)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def loaded(folder, side=None):
+    """The backbone, asked for images of that side."""
+    backbone = backbones.load_backbone(str(folder))
+    backbone.check_resolution(side)
+    return backbone
+
+
+SCHEDULER = "scheduler/scheduler_config.json"
+
+
+def edited(folder, copy, file, **changes):
+    """A copy of a model folder with changes in a file of JSON."""
+    shutil.copytree(folder, copy)
+    config = copy / file
+    config.write_text(json.dumps(json.loads(config.read_text()) | changes))
+    return copy
 
 
 def random_like(*shape, seed=0):
@@ -129,6 +165,7 @@ def test_sampler_with_a_constant_prediction_agrees_with_diffusers(prediction_typ
     torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
 
 
+@torch.no_grad()
 def embeddings(family, pipe, prompt):
     """The condition of a prompt by diffusers alone."""
     if family == "ddpm":
@@ -136,83 +173,150 @@ def embeddings(family, pipe, prompt):
     if family == "sd":
         rows = pipe.encode_prompt(prompt, CPU, 1, False)[0]
         return {"encoder_hidden_states": rows}
+    if family == "flux":
+        rows, pooled, _ = pipe.encode_prompt(prompt, prompt)
+        return {"encoder_hidden_states": rows.float(), "pooled_projections": pooled}
+    if family == "sdxl":  # the empty prompt is what guidance subtracts
+        rows, pooled = pipe.encode_prompt(prompt or "a cat")[0 if prompt else 1 :: 2]
+        return {"encoder_hidden_states": rows, "text_embeds": pooled}
     rows, _, pooled, _ = pipe.encode_prompt(
         prompt, prompt, prompt, do_classifier_free_guidance=False
     )
     return {"encoder_hidden_states": rows, "pooled_projections": pooled}
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-@pytest.mark.parametrize("family", ["ddpm", "sd"])
-def test_sampling_is_ddim_with_eta_0(folders, family, prediction_type):
+@torch.no_grad()
+def network(family, pipe, xt, t, condition, guidance=1.0):
+    """The network's prediction by diffusers alone. A condition of one row serves all samples."""
+    n, _, h, w = xt.shape
+    condition = {k: v.expand(n, *v.shape[1:]) for k, v in condition.items()}
+    if family == "sd3":
+        return pipe.transformer(xt, timestep=t, **condition).sample
+    if family in ("ddpm", "sd"):
+        return pipe.unet(xt, t, **condition).sample
+    if family == "sdxl":
+        size = (h * pipe.vae_scale_factor, w * pipe.vae_scale_factor)
+        time_ids = pipe._get_add_time_ids(
+            size, (0, 0), size, torch.float32, text_encoder_projection_dim=16
+        )
+        added = {"text_embeds": condition["text_embeds"], "time_ids": time_ids.expand(n, -1)}
+        rows = condition["encoder_hidden_states"]
+        return pipe.unet(xt, t, rows, added_cond_kwargs=added).sample
+    places = torch.cartesian_prod(torch.arange(h // 2), torch.arange(w // 2))
+    velocity = pipe.transformer(
+        F.unfold(xt, 2, stride=2).transpose(1, 2),  # a token is a patch of 2x2
+        timestep=t / 1000,
+        guidance=torch.full((n,), guidance),
+        img_ids=F.pad(places, (1, 0)).float(),  # 0, row, column
+        txt_ids=torch.zeros(512, 3),
+        **condition,
+    ).sample
+    return F.fold(velocity.transpose(1, 2), (h, w), 2, stride=2)
+
+
+def generated(family, pipe, side, steps, guidance, prompt="a cat", **noise):
+    """Latents by the whole call of diffusers' pipeline."""
+    inputs = {"prompt": prompt}
+    if family == "flux":  # T5's are in bf16, in which the pipeline would compute all
+        rows, pooled = embeddings(family, pipe, prompt).values()
+        inputs = {"prompt_embeds": rows, "pooled_prompt_embeds": pooled}
+    if family == "flux" and "latents" in noise:
+        noise = {"latents": F.unfold(noise["latents"], 2, stride=2).transpose(1, 2)}
+    call = {"num_inference_steps": steps, "guidance_scale": guidance, "output_type": "latent"}
+    z = pipe(height=side, width=side, **inputs, **call, **noise).images
+    if family == "flux":
+        z = F.fold(z.transpose(1, 2), (side // 2, side // 2), 2, stride=2)
+    return z
+
+
+# (family, prediction type); of a flow there is one
+MODELS = [(family, "epsilon") for family in WITH_PROMPT] + [("sdxl", "v_prediction")]
+OF_EPSILON = [("ddpm", "epsilon"), ("ddpm", "v_prediction"), ("sd", "epsilon")]
+OF_EPSILON += [("sd", "v_prediction"), ("sdxl", "epsilon"), ("sdxl", "v_prediction")]
+
+
+@pytest.fixture
+def folder(folders, tmp_path, family, prediction_type):
+    """The folder of a family, of a model that was trained to predict that."""
+    if prediction_type == "epsilon":
+        return folders[family]
+    return edited(folders[family], tmp_path / "v", SCHEDULER, prediction_type="v_prediction")
+
+
+@pytest.mark.parametrize(("family", "prediction_type"), OF_EPSILON)
+def test_sampling_is_ddim_with_eta_0(folder, family, prediction_type):
     """From x_T of a whole sampler and from its middle; a DDPM's x0_hat is clipped to [-1, 1]."""
-    pipe = plain(family, folders[family])
-    config = {"steps_offset": 1, "set_alpha_to_one": True, "prediction_type": prediction_type}
-    config |= {"clip_sample": family == "ddpm"}
+    pipe = plain(family, folder)
+    config = {"steps_offset": 1, "set_alpha_to_one": True, "clip_sample": family == "ddpm"}
     scheduler = DDIMScheduler.from_config(pipe.scheduler.config, **config)
     scheduler.set_timesteps(4)
-    backbone = backbones.load_backbone(folders[family])
-    backbone.prediction_type = prediction_type
+    backbone = loaded(folder)
+    assert backbone.prediction_type == prediction_type
     condition = backbone.encode_prompts(["a cat"], CPU)["a cat"]
     timesteps = backbone.timesteps(4)
     assert torch.equal(timesteps, scheduler.timesteps)
     x = random_like(2, *backbone.latent_shape(backbone.check_resolution(None)))
-    with torch.no_grad():
-        conditioned = {k: v.expand(2, -1, -1) for k, v in embeddings(family, pipe, "a cat").items()}
+    conditioned = embeddings(family, pipe, "a cat")
 
-        def predict(x, t):
-            return pipe.unet(x, t, **conditioned).sample
+    def predict(x, t):
+        return network(family, pipe, x, t, conditioned)
 
-        for part in (timesteps, timesteps[2:]):
-            # The noise is that of the clipped x0_hat: use_clipped_model_output.
-            expected = reference_sampling(
-                scheduler, predict, x, part, eta=0.0, use_clipped_model_output=True
-            )
-            got = backbone.sample(x, part, condition)
-            torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
+    for part in (timesteps, timesteps[2:]):
+        # The noise is that of the clipped x0_hat: use_clipped_model_output.
+        expected = reference_sampling(
+            scheduler, predict, x, part, eta=0.0, use_clipped_model_output=True
+        )
+        got = backbone.sample(x, part, condition)
+        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
     if family == "ddpm":
         assert got.abs().max() <= 1
     else:
         assert got.abs().max() > 1  # latents are never clipped
 
 
-def test_sampling_of_stable_diffusion_3_is_euler(folders):
-    pipe = plain("sd3", folders["sd3"])
-    pipe.scheduler.set_timesteps(4)
-    backbone = backbones.load_backbone(folders["sd3"])
+@pytest.mark.parametrize("family", ["sd3", "flux"])
+def test_sampling_of_a_flow_is_euler(folders, family):
+    pipe = plain(family, folders[family])
+    if family == "sd3":
+        pipe.scheduler.set_timesteps(4)
+    else:  # 16 tokens: 240 below the 256 where mu is 0.5, on the way to 1.15 at 4096
+        mu = 0.5 - 240 * (1.15 - 0.5) / (4096 - 256)
+        pipe.scheduler.set_timesteps(sigmas=np.array([1, 0.75, 0.5, 0.25]), mu=mu)
+    backbone = loaded(folders[family], side=16)
     condition = backbone.encode_prompts(["a cat"], CPU)["a cat"]
     timesteps = backbone.timesteps(4)
-    assert torch.equal(timesteps, pipe.scheduler.timesteps) and timesteps[0] == 1000
-    x = random_like(1, 4, 8, 8)
-    with torch.no_grad():
-        conditioned = embeddings("sd3", pipe, "a cat")
+    torch.testing.assert_close(timesteps, pipe.scheduler.timesteps)
+    assert timesteps[0] == 1000
+    x, conditioned = random_like(2, 4, 8, 8), embeddings(family, pipe, "a cat")
 
-        def predict(x, t):
-            return pipe.transformer(x, timestep=t, **conditioned).sample
+    def predict(x, t):
+        return network(family, pipe, x, t, conditioned)
 
-        expected = reference_sampling(pipe.scheduler, predict, x, timesteps)
+    expected = reference_sampling(pipe.scheduler, predict, x, pipe.scheduler.timesteps)
     got = backbone.sample(x, timesteps, condition)
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("family", ["sd", "sd3"])
-def test_guided_sampling_is_that_of_the_pipeline(folders, family):
-    """The whole call of diffusers, with classifier-free guidance, from the same noise."""
-    pipe = plain(family, folders[family])
-    pipe.set_progress_bar_config(disable=True)
-    if family == "sd":
+@pytest.mark.parametrize(("family", "prediction_type"), MODELS)
+def test_guided_sampling_is_that_of_the_pipeline(folder, family, prediction_type):
+    """The whole call of diffusers, from the same noise. FLUX's guidance costs no second pass."""
+    pipe, side = plain(family, folder), SIDES[family]
+    if family in ("sd", "sdxl"):
         config = {"steps_offset": 1, "set_alpha_to_one": True, "clip_sample": False}
         pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, **config)
-    x = random_like(1, *((4, 16, 16) if family == "sd" else (4, 8, 8)))
-    call = {"num_inference_steps": 3, "guidance_scale": 4.0, "output_type": "latent"}
-    expected = pipe("a cat", latents=x.clone(), **call).images
-    backbone = backbones.load_backbone(folders[family])
+    backbone, passes = loaded(folder, side), []
+    backbone.net.register_forward_hook(lambda *args: passes.append(1))
+    x = random_like(1, *backbone.latent_shape(side))
+    expected = generated(family, pipe, side, 3, 4.0, latents=x)
     conditions = backbone.encode_prompts(["a cat", ""], CPU)
     timesteps = backbone.timesteps(3)
+    before = backbone.sample(x, timesteps, conditions["a cat"])
+    assert len(passes) == 3
     got = backbone.sample(x, timesteps, conditions["a cat"], conditions[""], guidance=4.0)
     torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
-    unguided = backbone.sample(x, timesteps, conditions["a cat"])
-    assert not torch.allclose(got, unguided, atol=1e-3)
+    assert len(passes) == (6 if family == "flux" else 9)
+    assert not torch.allclose(got, before, atol=1e-3)
+    assert torch.equal(backbone.sample(x, timesteps, conditions["a cat"]), before)
 
 
 def test_sampling_of_a_ddpm_is_that_of_the_ddim_pipeline(folders):
@@ -228,44 +332,48 @@ def test_sampling_of_a_ddpm_is_that_of_the_ddim_pipeline(folders):
     torch.testing.assert_close(image, torch.from_numpy(expected[0]), rtol=0, atol=1e-4)
 
 
-def test_generated_latents_are_those_of_the_pipeline(folders):
-    """Prompt, guidance with the empty prompt, DPM-Solver++, a generator with the seed."""
-    pipe = plain("sd", folders["sd"])
-    pipe.set_progress_bar_config(disable=True)
-    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
-    call = {"num_inference_steps": 3, "guidance_scale": 6.0, "output_type": "latent"}
-    expected = pipe("a cat", generator=torch.Generator().manual_seed(5), **call).images
-    backbone = backbones.load_backbone(folders["sd"])
+@pytest.mark.parametrize(("family", "prediction_type"), MODELS)
+def test_generated_latents_are_those_of_the_pipeline(folder, family, prediction_type):
+    """Prompt, guidance with the empty prompt, DPM-Solver++ or Euler, a generator with the seed."""
+    pipe, side = plain(family, folder), SIDES[family]
+    if family in ("sd", "sdxl"):
+        pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+    seed = torch.Generator().manual_seed(5)
+    expected = generated(family, pipe, side, 3, 6.0, generator=seed)
+    backbone = loaded(folder, side)
     conditions = backbone.encode_prompts(["a cat", ""], CPU)
-    got = backbone.generate_latents([conditions["a cat"]], conditions[""], [5], 64, 3, 6.0)
+    got = backbone.generate_latents([conditions["a cat"]], conditions[""], [5], side, 3, 6.0)
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_generated_latents_follow_their_own_seed_and_prompt(folders):
+@pytest.mark.parametrize("family", WITH_PROMPT)
+def test_generated_latents_follow_their_own_seed_and_prompt(folders, family):
     """The same image alone, in another batch and in another row of it; another prompt, another."""
-    backbone = backbones.load_backbone(folders["sd"])
+    backbone, side = loaded(folders[family]), SIDES[family]
     conditions = backbone.encode_prompts(["a cat", "a dog", ""], CPU)
     cat, dog, null = (conditions[p] for p in ("a cat", "a dog", ""))
-    how = {"resolution": 64, "steps": 2, "guidance": 6.0}
+    how = {"resolution": side, "steps": 2, "guidance": 6.0}
     three = backbone.generate_latents([dog, cat, cat], null, [1, 2, 3], **how)
     one = backbone.generate_latents([cat], null, [2], **how)
-    assert three.shape == (3, 4, 16, 16)
+    assert three.shape == (3, *backbone.latent_shape(side))
     torch.testing.assert_close(three[1:2], one, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(three[1], three[2], atol=1e-2)
     other = backbone.generate_latents([dog], null, [2], **how)
     assert not torch.equal(one, other)
-    assert backbone.generate_latents([cat], null, [2], 32, 2, 6.0).shape == (1, 4, 8, 8)
+    large = backbone.generate_latents([cat], null, [2], 32, 2, 6.0)
+    assert large.shape == (1, *backbone.latent_shape(32))
 
 
 # ---- images and latents -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["sd", "sd3"])
+@pytest.mark.parametrize("family", WITH_PROMPT)
 def test_encode_and_decode_by_hand(folders, family):
     """The mean of the VAE's posterior, shifted and scaled as the config says; decode inverts it."""
     pipe, backbone = plain(family, folders[family]), backbones.load_backbone(folders[family])
     vae, images = pipe.vae, random_like(2, 3, 32, 32).clamp(-1, 1)
-    scale, shift = {"sd": (0.18215, 0.0), "sd3": (0.5, 0.1)}[family]
+    constants = {"sd": (0.18215, 0.0), "sdxl": (0.13025, 0.0), "sd3": (0.5, 0.1)}
+    scale, shift = constants.get(family, (0.3611, 0.1159))
     with torch.no_grad():
         mean = vae.encode(images).latent_dist.mean
     got = backbone.encode(images)
@@ -289,7 +397,7 @@ def test_a_ddpm_denoises_pixels(folders):
 # ---- conditions ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["ddpm", "sd", "sd3"])
+@pytest.mark.parametrize("family", PIPELINES)
 def test_encode_prompts(folders, family):
     """Each prompt's condition as diffusers makes it; then the text encoders are gone."""
     pipe, backbone = plain(family, folders[family]), backbones.load_backbone(folders[family])
@@ -297,16 +405,26 @@ def test_encode_prompts(folders, family):
     conditions = backbone.encode_prompts(prompts, CPU)
     assert list(conditions) == prompts
     for prompt in prompts:
-        with torch.no_grad():
-            expected = embeddings(family, pipe, prompt)
+        expected = embeddings(family, pipe, prompt)
         assert conditions[prompt].keys() == expected.keys()
         for name, rows in expected.items():
             assert torch.equal(conditions[prompt][name], rows) and len(rows) == 1
             assert not conditions[prompt][name].requires_grad
-    names = [n for n in backbones.TEXT_ENCODERS if n in pipe.components]
-    assert all(getattr(backbone.pipe, name) is None for name in names)
-    n_encoders = {"ddpm": 0, "sd": 1, "sd3": 2}[family]
-    assert len(backbone.encoder_fingerprints) == n_encoders
+            assert conditions[prompt][name].dtype == torch.float32
+    names = ("text_encoder", "text_encoder_2")
+    encoders = [getattr(pipe, n) for n in names if hasattr(pipe, n)]
+    assert len(encoders) == {"ddpm": 0, "sd": 1}.get(family, 2)
+    assert backbone.encoder_fingerprints == [common.fingerprint(e) for e in encoders]
+    assert all(getattr(backbone.pipe, name, None) is None for name in names)
+
+
+@pytest.mark.parametrize("zeros", [True, False])
+def test_the_empty_prompt_of_stable_diffusion_xl_is_what_the_config_says(folders, tmp_path, zeros):
+    changes = {"force_zeros_for_empty_prompt": zeros}
+    folder = edited(folders["sdxl"], tmp_path / "xl", "model_index.json", **changes)
+    condition = loaded(folder).encode_prompts([""], CPU)[""]
+    for name, rows in embeddings("sdxl", plain("sdxl", folder), "").items():
+        assert torch.equal(condition[name], rows) and rows.any() != zeros
 
 
 def test_stack_and_expand():
@@ -321,21 +439,20 @@ def test_stack_and_expand():
     assert backbones.expand_condition(stacked, 2)["pooled"][:, 0].tolist() == [1, 2]  # as it is
 
 
-@pytest.mark.parametrize("family", ["ddpm", "sd", "sd3"])
+@pytest.mark.parametrize("family", PIPELINES)
 def test_predict(folders, family):
     """A row for all, or one row each: every sample by its own timestep and condition."""
     pipe, backbone = plain(family, folders[family]), backbones.load_backbone(folders[family])
     conditions = backbone.encode_prompts(["a cat", "a dog"], CPU)
-    xt = random_like(2, *backbone.latent_shape(backbone.check_resolution(None)))
+    xt = random_like(2, *backbone.latent_shape(SIDES[family]))
     t = torch.tensor([700, 20])
     stacked = backbones.stack_conditions(list(conditions.values()))
-    net = getattr(pipe, backbone.net_name).eval()
     with torch.no_grad():
         got = backbone.predict(xt, t, stacked)
         same = backbone.predict(xt, t, conditions["a cat"])
         assert got.shape == xt.shape and got.dtype == torch.float32
         for i, prompt in enumerate(conditions):
-            expected = net(xt[i : i + 1], timestep=t[i : i + 1], **conditions[prompt]).sample
+            expected = network(family, pipe, xt[i : i + 1], t[i : i + 1], conditions[prompt])
             torch.testing.assert_close(got[i : i + 1], expected, rtol=1e-4, atol=1e-4)
             alike = torch.allclose(same[i], got[i], rtol=1e-4, atol=1e-4)
             assert alike == (prompt == "a cat" or family == "ddpm")
@@ -354,22 +471,74 @@ def test_predictions_are_fp32_also_from_a_network_in_bf16(folders):
 
 
 def test_families(folders):
-    ddpm, sd, sd3 = (backbones.load_backbone(folders[f]) for f in ("ddpm", "sd", "sd3"))
-    assert (type(ddpm), type(sd), type(sd3)) == backbones.FAMILIES
-    assert [b.prediction_type for b in (ddpm, sd, sd3)] == ["epsilon", "epsilon", "flow"]
-    assert [b.takes_prompt for b in (ddpm, sd, sd3)] == [False, True, True]
-    assert [b.shift for b in (ddpm, sd, sd3)] == [None, None, 3.0]
-    assert sd3.alpha_bar is None and torch.equal(ddpm.alpha_bar, DDIMScheduler().alphas_cumprod)
-    assert ddpm.net is ddpm.pipe.unet and sd3.net is sd3.pipe.transformer
-    assert all(b.small for b in (ddpm, sd, sd3)) and not sd3.has_t5
-    for b in (ddpm, sd, sd3):  # nothing is trained, nor in training mode, until a script says so
+    every = [backbones.load_backbone(folders[f]) for f in PIPELINES]
+    ddpm, sd, sdxl, sd3, flux = every
+    assert tuple(map(type, every)) == backbones.FAMILIES
+    assert [b.prediction_type for b in every] == ["epsilon"] * 3 + ["flow"] * 2
+    assert [b.takes_prompt for b in every] == [False] + [True] * 4
+    assert [b.shift for b in every] == [None, None, None, 3.0, flux.shift]
+    assert sd3.alpha_bar is flux.alpha_bar is None
+    assert torch.equal(ddpm.alpha_bar, DDIMScheduler().alphas_cumprod)
+    assert torch.equal(sdxl.alpha_bar, sd.alpha_bar)
+    assert all(b.net is b.pipe.unet for b in (ddpm, sd, sdxl))
+    assert all(b.net is b.pipe.transformer for b in (sd3, flux))
+    assert [b.small for b in every] == [True] * 4 + [False] and not sd3.has_t5
+    for b in every:  # nothing is trained, nor in training mode, until a script says so
         assert not b.net.training and not any(p.requires_grad for p in b.net.parameters())
-    assert [b.latent_shape(32) for b in (ddpm, sd, sd3)] == [(3, 32, 32), (4, 8, 8), (4, 16, 16)]
-    assert [b.timesteps(50)[0] for b in (ddpm, sd)] == [981, 981]  # 980 without the offset
+    assert [b.latent_shape(32) for b in every] == [(3, 32, 32), (4, 8, 8)] + [(4, 16, 16)] * 3
+    assert [b.timesteps(50)[0] for b in (ddpm, sd, sdxl)] == [981] * 3  # 980 without the offset
+    assert [b.sampling_steps for b in every] == [25, 15, 15, 25, 28]
+    assert [b.guidance for b in every] == [None, 6.0, 5.0, 4.0, 3.5]
+
+
+def test_large_models_take_more_steps(folders, tmp_path):
+    """Side of the latents 32 in place of 8: as in the papers' models, and their guidance."""
+    sizes = {"ddpm": "unet", "sd": "unet", "sdxl": "unet", "sd3": "transformer"}
+    how = []
+    for family, part in sizes.items():
+        pipe = plain(family, folders[family])
+        getattr(pipe, part).register_to_config(sample_size=65 if family == "ddpm" else 32)
+        backbone = dict(zip(PIPELINES, backbones.FAMILIES, strict=True))[family](pipe)
+        how.append((backbone.small, backbone.sampling_steps, backbone.guidance))
+    assert how == [(False, 25, None), (False, 25, 6.0), (False, 25, 5.0), (False, 25, 7.0)]
+
+
+# (side of the image, mu): 16, 256 and 4096 tokens; the last is native
+@pytest.mark.parametrize(("side", "mu"), [(16, 0.459375), (64, 0.5), (None, 1.15)])
+def test_the_shift_of_flux_grows_with_the_image(folders, side, mu):
+    """Also in training: s becomes e^mu s / (1 + (e^mu - 1) s), as in the scheduler's steps."""
+    backbone = loaded(folders["flux"], side)
+    assert backbone.mu == pytest.approx(mu) and backbone.shift == pytest.approx(math.exp(mu))
+    s, shift = torch.tensor([1, 0.75, 0.5, 0.25]), backbone.shift
+    expected = 1000 * shift * s / (1 + (shift - 1) * s)
+    torch.testing.assert_close(backbone.timesteps(4), expected)
+
+
+def test_schnell_has_neither_guidance_nor_a_shift_that_grows(folders):
+    """FLUX.1-schnell: distilled to four steps, without an input for the guidance."""
+    pipe = plain("flux", folders["flux"])
+    config = dict(pipe.transformer.config) | {"guidance_embeds": False}
+    torch.manual_seed(0)
+    transformer = FluxTransformer2DModel.from_config(config)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
+    pipe.register_modules(transformer=transformer, scheduler=scheduler)
+    expected = generated("flux", pipe, 16, 4, 0.0, generator=torch.Generator().manual_seed(5))
+    backbone = backbones.Flux(pipe)
+    assert backbone.check_resolution(64) == 64 and backbone.shift == 1
+    assert (backbone.sampling_steps, backbone.guidance) == (4, 0.0)
+    assert backbone.timesteps(4).tolist() == [1000, 750, 500, 250]
+    condition = backbone.encode_prompts(["a cat"], CPU)["a cat"]
+    got = backbone.generate_latents([condition], condition, [5], 16, 4, 0.0)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    noise = random_like(1, 4, 8, 8, seed=5)
+    for guidance in (0.0, 3.5):
+        same = backbone.sample(noise, backbone.timesteps(4), condition, condition, guidance)
+        torch.testing.assert_close(same, expected, rtol=1e-4, atol=1e-4)
 
 
 # (family, native resolution, another one that fits, those that do not)
-RESOLUTIONS = [("ddpm", 16, 32, (1, 17)), ("sd", 64, 32, (2, 30)), ("sd3", 16, 32, (1, 15))]
+RESOLUTIONS = [("ddpm", 16, 32, (1, 17)), ("sd", 64, 32, (2, 30)), ("sdxl", 16, 32, (4, 12))]
+RESOLUTIONS += [("sd3", 16, 32, (1, 15)), ("flux", 256, 16, (2, 18))]
 
 
 @pytest.mark.parametrize(("family", "native", "other", "wrong"), RESOLUTIONS)
@@ -417,10 +586,140 @@ def test_fingerprint(folders, tiny, tmp_path):
         next(iter(tensors.values())).flatten()[0] += 1e-3
         save_file(tensors, file, {"format": "pt"})
         seen.add(of(folder))
-    config = tmp_path / "unet/scheduler/scheduler_config.json"  # of the first copy
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"beta_end": 0.015}))
-    seen.add(of(tmp_path / "unet"))
+    seen.add(of(edited(tiny, tmp_path / "schedule", SCHEDULER, beta_end=0.015)))
     assert len(seen) == 5
+
+
+# ---- what is trained, and what a run leaves -----------------------------------------------------
+
+
+def attentions(net):
+    """[(attention, whether the prompt takes part in it)]."""
+    layers = [m for m in net.modules() if isinstance(m, (Attention, FluxAttention))]
+    if isinstance(net, UNet2DConditionModel):
+        return [(layer, layer.is_cross_attention) for layer in layers]
+    return [(layer, True) for layer in layers]  # of a DDPM, or of all tokens together
+
+
+def names_of(net, parts):
+    """The names of the parameters of some modules of a network."""
+    ids = {id(p) for part in parts for p in part.parameters()}
+    return {name for name, p in net.named_parameters() if id(p) in ids}
+
+
+@pytest.mark.parametrize("family", WITH_PROMPT)
+def test_trainable_names_exactly_the_intended_weights(folders, family):
+    """By the kinds of the layers, and not by their names."""
+    net = loaded(folders[family]).net
+    cross = [layer for layer, takes_prompt in attentions(net) if takes_prompt]
+    if family in ("sd", "sdxl"):
+        keys_values = [part for layer in cross for part in (layer.to_k, layer.to_v)]
+    else:  # the text's own; FLUX's single blocks have none
+        with_text = [layer for layer in cross if layer.added_kv_proj_dim is not None]
+        keys_values = [part for a in with_text for part in (a.add_k_proj, a.add_v_proj)]
+        assert len(with_text) == 2
+    expected = {"kv": names_of(net, keys_values), "xattn": names_of(net, cross)}
+    expected["full"] = names_of(net, [net])
+    assert 0 < len(expected["kv"]) < len(expected["xattn"]) < len(expected["full"])
+    assert backbones.load_backbone(str(folders[family])).trainable.keys() == expected.keys()
+    for method, names in expected.items():
+        backbone = loaded(folders[family])
+        trained = backbone.trainable_weights(method, rank=2, seed=0)
+        with_gradient = {n for n, p in backbone.net.named_parameters() if p.requires_grad}
+        assert trained.keys() == with_gradient == names, method
+        assert all(p is backbone.net.get_parameter(n) for n, p in trained.items())
+
+
+@pytest.mark.parametrize("family", WITH_PROMPT)
+def test_a_lora_adapts_all_attention_and_starts_as_no_change(folders, family):
+    backbone = loaded(folders[family])
+    linear = {
+        id(part)
+        for layer, _ in attentions(backbone.net)
+        for part in layer.modules()
+        if isinstance(part, torch.nn.Linear)
+    }
+    expected = {name for name, part in backbone.net.named_modules() if id(part) in linear}
+    condition = backbone.encode_prompts(["a cat"], CPU)["a cat"]
+    xt, t = random_like(1, *backbone.latent_shape(SIDES[family])), torch.tensor([500])
+    before = backbone.predict(xt, t, condition)
+    params = backbone.add_lora(rank=2, seed=3)
+    assert torch.equal(backbone.predict(xt, t, condition), before)
+    ends = (".lora_A.default.weight", ".lora_B.default.weight")
+    assert params.keys() == {name + end for name in expected for end in ends}
+    assert {p.dtype for p in params.values()} == {torch.float32}
+    assert {p.shape[0] for n, p in params.items() if "lora_A" in n} == {2}
+    assert {n for n, p in backbone.net.named_parameters() if p.requires_grad} == params.keys()
+    # Every LoRA layer counts in full, whatever its rank
+    layers = [m for m in backbone.net.modules() if hasattr(m, "scaling")]
+    assert {m.scaling["default"] for m in layers} == {1.0} and len(layers) == len(expected)
+    for seed in (3, 4):
+        other = loaded(folders[family]).add_lora(rank=2, seed=seed)
+        assert all(torch.equal(other[n], p) for n, p in params.items()) == (seed == 3)
+
+
+def random_run(folder, backbone, method):
+    """Changes weights at random and saves them as a run does; returns what was trained."""
+    trained = backbone.trainable_weights(method, rank=2, seed=0)
+    g = torch.Generator().manual_seed(0)
+    for p in trained.values():
+        p.data += 0.2 * torch.randn(p.shape, generator=g)
+    folder.mkdir()
+    state = backbone.lora_state() if method == "lora" else trained
+    file = folder / (backbones.LORA if method == "lora" else backbones.DELTA)
+    save_file({name: p.detach().contiguous() for name, p in state.items()}, file)
+    return trained
+
+
+@pytest.mark.parametrize("method", ["lora", "kv"])
+@pytest.mark.parametrize("family", WITH_PROMPT)
+def test_what_a_run_leaves_reloads(folders, tmp_path, family, method):
+    """In plain diffusers, and by load_unlearned: the same prediction as of the trained network."""
+    backbone, run = loaded(folders[family]), tmp_path / "run"
+    condition = backbone.encode_prompts(["a cat"], CPU)["a cat"]
+    inputs = random_like(2, *backbone.latent_shape(SIDES[family])), torch.tensor([700, 20])
+    trained = random_run(run, backbone, method)
+    with torch.no_grad():
+        expected = backbone.predict(*inputs, condition)
+
+    original, ours = plain(family, folders[family]), plain(family, folders[family])
+    names = {n for n, _ in getattr(ours, backbone.net_name).named_parameters()}
+    backbones.load_unlearned(ours, run)
+    assert {n for n, _ in getattr(ours, backbone.net_name).named_parameters()} == names  # fused
+    pipes = [ours]
+    if method == "lora":
+        state = backbone.lora_state()
+        assert {backbone.lora_parameter(name) for name in state} == trained.keys()
+        for name, p in state.items():
+            assert torch.equal(p, trained[backbone.lora_parameter(name)])
+        pipes.append(plain(family, folders[family]))
+        pipes[1].load_lora_weights(run)
+    for pipe in pipes:
+        got = network(family, pipe, *inputs, condition)
+        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)
+    unchanged = network(family, original, *inputs, condition)
+    assert not torch.allclose(expected, unchanged, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("family", "method"), [("ddpm", None), ("sd", "kv"), ("sdxl", "kv"), ("sd3", "lora")]
+)
+def test_loading_lines_run_as_they_are(folders, tmp_path, monkeypatch, family, method):
+    """In plain diffusers, in a folder of their own; Stable Diffusion 3 lacks T5."""
+    backbone, run, prompt = loaded(folders[family]), tmp_path / "it's run", 'the cat\'s "toy"'
+    if method is None:
+        backbone.pipe.save_pretrained(run / "pipeline")
+    else:
+        random_run(run, backbone, method)
+    monkeypatch.chdir(tmp_path)
+    namespace = {}
+    exec(backbones.loading_lines(backbone, str(folders[family]), run, prompt), namespace)
+    assert Image.open("after.png").size == (SIDES[family], SIDES[family])
+    net, expected = getattr(namespace["pipe"], backbone.net_name), backbone.net.state_dict()
+    got = net.state_dict()
+    assert got.keys() >= {n.replace("default", "default_0") for n in expected}
+    for name, p in expected.items():
+        assert torch.equal(got[name.replace("default", "default_0")], p), name
 
 
 # ---- loading ------------------------------------------------------------------------------------
@@ -454,7 +753,7 @@ def test_load_errors_are_one_line(tiny, tiny_ddpm, tmp_path):
     index = tmp_path / "other/model_index.json"
     index.write_text(json.dumps(json.loads(index.read_text()) | {"_class_name": "LTXPipeline"}))
     line = one_line(str(tmp_path / "other"))
-    names = "DDPMPipeline, StableDiffusionPipeline, StableDiffusion3Pipeline"
+    names = ", ".join(pipeline.__name__ for pipeline, _ in PIPELINES.values())
     assert line.endswith(f"is a LTXPipeline; expected one of {names}")
     index.write_text("{")
     assert "cannot be loaded" in one_line(str(tmp_path / "other"))
@@ -537,6 +836,13 @@ def test_t5_takes_part_in_the_condition_and_leaves(sd3_with_t5, tiny_sd3):
     assert rows[:, 77:].abs().max() > 0 and n in (77, 77 + 256)
     assert torch.equal(rows[:, :77], without["encoder_hidden_states"][:, :77])
     assert backbone.pipe.text_encoder_3 is None and len(backbone.encoder_fingerprints) == 3
+
+
+def test_t5_of_flux_is_loaded_in_bfloat16(folders):
+    pipe = backbones.load_pipeline(str(folders["flux"]), dtype=torch.float32)
+    assert pipe.text_encoder_2.dtype == torch.bfloat16
+    others = (pipe.transformer, pipe.vae, pipe.text_encoder)
+    assert {p.dtype for part in others for p in part.parameters()} == {torch.float32}
 
 
 @pytest.mark.parametrize("with_checker", [False, True])

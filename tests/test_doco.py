@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 import weakref
 from itertools import product
 from pathlib import Path
@@ -165,17 +166,41 @@ def test_a_missing_prompts_file_is_one_line(tmp_path):
 # ---- flags and presets --------------------------------------------------------------------------
 
 
-def filled(*flags, small=True, processes=ONE):
+def model(small, net_name="unet"):
+    """What fill_defaults asks of a model."""
+    how = {"sampling_steps": 15 if small else 25, "guidance": 6.0}
+    return types.SimpleNamespace(small=small, net_name=net_name, **how)
+
+
+def filled(*flags, small=True, processes=ONE, net_name="unet"):
     """(flags with their defaults, settings of the anchor images) of a command line."""
-    return doco.fill_defaults(doco.parse_args([*CAT, *flags]), small, processes)
+    args = doco.parse_args([*CAT, *flags])
+    return doco.fill_defaults(args, model(small, net_name), processes)
 
 
 @pytest.mark.parametrize("small", [True, False])
-def test_without_flags_the_preset_holds(small):
-    args, images = filled(small=small)
+@pytest.mark.parametrize("net_name", ["unet", "transformer"])
+def test_without_flags_the_preset_holds(small, net_name):
+    """A transformer gets a LoRA, with a rate of its own; a UNet keys and values."""
+    args, images = filled(small=small, net_name=net_name)
     preset = doco.SMALL if small else doco.PAPER
+    if net_name == "transformer":
+        preset = preset | (doco.SMALL_LORA if small else doco.PAPER_LORA)
     assert {name: getattr(args, name) for name in preset} == preset
-    assert images == (doco.SMALL_IMAGES if small else doco.PAPER_IMAGES)
+    assert args.train_method == ("lora" if net_name == "transformer" else "kv")
+    n = (doco.SMALL_IMAGES if small else doco.PAPER_IMAGES)["num_images"]
+    assert images == {
+        "num_images": n,
+        "sampling_steps": 15 if small else 25,
+        "guidance": 6.0,
+    }
+
+
+def test_a_method_that_is_given_is_kept_and_brings_its_rate():
+    args, _ = filled("--train-method", "xattn", net_name="transformer")
+    assert (args.train_method, args.lr) == ("xattn", doco.SMALL["lr"])
+    args, _ = filled("--train-method", "lora")
+    assert (args.train_method, args.lr) == ("lora", doco.SMALL_LORA["lr"])
 
 
 def test_flags_replace_the_preset_and_the_warm_up_keeps_its_part():
@@ -192,14 +217,14 @@ def test_flags_replace_the_preset_and_the_warm_up_keeps_its_part():
 def test_small_preset_counts_steps_per_target_and_twice_for_a_style():
     argv = ["--target", "twemoji", "noto", "--anchor", "emoji", "--concept-type", "style"]
     typed = doco.parse_args(argv)
-    args, _ = doco.fill_defaults(typed, True, ONE)
+    args, _ = doco.fill_defaults(typed, model(True), ONE)
     steps, warmup_steps = doco.SMALL["steps"], doco.SMALL["warmup_steps"]
     assert (args.steps, args.warmup_steps) == (4 * steps, 4 * warmup_steps)
     assert (args.lr, args.disc_lr) == (doco.SMALL["lr"], 5 * doco.SMALL["disc_lr"])
     assert typed.steps is None  # what was typed stays as it is
-    args, _ = doco.fill_defaults(typed, False, ONE)
+    args, _ = doco.fill_defaults(typed, model(False), ONE)
     assert (args.steps, args.disc_lr) == (doco.PAPER["steps"], 5 * doco.PAPER["disc_lr"])
-    args, _ = doco.fill_defaults(doco.parse_args([*argv, "--disc-lr", "1e-3"]), True, ONE)
+    args, _ = doco.fill_defaults(doco.parse_args([*argv, "--disc-lr", "1e-3"]), model(True), ONE)
     assert args.disc_lr == 1e-3  # a flag is taken as it is
 
 
@@ -303,7 +328,7 @@ def test_help_shows_every_default(capsys):
         doco.parse_args(["--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert "Eq. 10 gradient surgery" in text  # the docstring, as it stands
-    for default in ("(default: 1.0)", "(default: x0)", "(default: cp)", "(default: kv)"):
+    for default in ("(default: 1.0)", "(default: x0)", "(default: cp)", "(default: 16)"):
         assert default in text
     for preset in (doco.PAPER, doco.SMALL):
         for value in (preset["steps"], f"{preset['lr']:g}".replace("e-0", "e-")):
@@ -456,12 +481,11 @@ def test_a_finished_or_different_run_is_never_overwritten(unlearn, quick):
 
 
 def test_models_that_predict_something_else_are_refused(tiny, unlearn, tmp_path):
-    """The equations are those of epsilon; a v-prediction model would train on wrong targets."""
     pipe = StableDiffusionPipeline.from_pretrained(tiny)
-    pipe.scheduler.register_to_config(prediction_type="v_prediction")
-    pipe.save_pretrained(tmp_path / "v")
-    with pytest.raises(SystemExit, match="predicts v_prediction; only models that predict epsilon"):
-        unlearn("--steps", "1", model=tmp_path / "v")
+    pipe.scheduler.register_to_config(prediction_type="sample")
+    pipe.save_pretrained(tmp_path / "x0")
+    with pytest.raises(SystemExit, match="predicts sample; expected epsilon, v_prediction or flow"):
+        unlearn("--steps", "1", model=tmp_path / "x0")
 
 
 # ---- processes and interruptions ----------------------------------------------------------------

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from diffusers import DDPMScheduler
 from torch import nn
 
+import backbones
 import common
 import doco
 import gradsurgery
@@ -97,10 +98,24 @@ def close(got, expected, what):
 # ---- the second computation ---------------------------------------------------------------------
 
 
-def shown_to_d(problem, b, xt, eps, disc_input, stride):
+def noised(problem, x0, noise, t, kind):
+    """x_t of a sample and what the network should predict there, by what it predicts."""
+    if kind == "flow":
+        s = t.double() / 1000
+        return (1 - s) * x0 + s * noise, noise - x0
+    a = problem.alpha_bar[t]
+    xt = a.sqrt() * x0 + (1 - a).sqrt() * noise  # Eq. 1
+    return xt, noise if kind == "epsilon" else a.sqrt() * noise - (1 - a).sqrt() * x0
+
+
+def shown_to_d(problem, b, xt, pred, disc_input, stride, kind):
     """What D is shown of sample b, (4, h, w): x0_hat, or the posterior sample in DDPM's words."""
     t = int(problem.batch_f.t[b])
+    if kind == "flow":
+        return xt - t / 1000 * pred
     a = problem.alpha_bar[t]
+    # v = sqrt(a) eps - sqrt(1 - a) x_0 and x_t are a rotation of eps and x_0
+    eps = pred if kind == "epsilon" else a.sqrt() * pred + (1 - a).sqrt() * xt
     x0_hat = (xt - (1 - a).sqrt() * eps) / a.sqrt()
     if disc_input == "x0":
         return x0_hat
@@ -112,33 +127,43 @@ def shown_to_d(problem, b, xt, eps, disc_input, stride):
     return mean_x0 + mean_xt + sigma * problem.batch_f.posterior_noise[b]
 
 
-def recompute(problem, lam, disc_input, stride, retain, retain_weight, project, train_model):
+def recompute(
+    problem,
+    prediction_type,
+    lam,
+    disc_input,
+    stride,
+    retain,
+    retain_weight,
+    project,
+    train_model,
+):
     """G, G_r, the gradient of D, G_u . G_r and all statistics, by a loop over the samples."""
-    net, original, disc, params, alpha_bar, batch_f, batch_r = problem
+    net, original, disc, params, _, batch_f, batch_r = problem
     loss_u, loss_d, loss_r, hits = 0, 0, 0, []
     for b in range(3):
         one = slice(b, b + 1)
-        a = alpha_bar[batch_f.t[b]]
-        xt = a.sqrt() * batch_f.x0[b] + (1 - a).sqrt() * batch_f.noise[b]  # Eq. 1
+        how = (disc_input, stride, prediction_type)
+        xt, _ = noised(problem, batch_f.x0[b], batch_f.noise[b], batch_f.t[b], prediction_type)
         with torch.no_grad():
-            eps_anchor = original(xt[None], batch_f.t[one], batch_f.anchor[one])[0]  # Eq. 5
-        eps_target = net(xt[None], batch_f.t[one], batch_f.target[one])[0]
-        shown_anchor = shown_to_d(problem, b, xt, eps_anchor, disc_input, stride)[None]
-        shown_target = shown_to_d(problem, b, xt, eps_target, disc_input, stride)[None]
+            of_anchor = original(xt[None], batch_f.t[one], batch_f.anchor[one])[0]  # Eq. 5
+        of_target = net(xt[None], batch_f.t[one], batch_f.target[one])[0]
+        shown_anchor = shown_to_d(problem, b, xt, of_anchor, *how)[None]
+        shown_target = shown_to_d(problem, b, xt, of_target, *how)[None]
         p_anchor = torch.sigmoid(disc(shown_anchor))  # patch by patch, "is the anchor"
         p_target = torch.sigmoid(disc(shown_target.detach()))
         loss_d = loss_d - (p_anchor.log() + (1 - p_target).log()).mean() / 3  # Eq. 8, max over D
         loss_u = loss_u - torch.sigmoid(disc(shown_target)).log().mean() / 3  # Eq. 8, min over M
         hits += [(p_anchor > 0.5).double().mean(), (p_target < 0.5).double().mean()]
 
-        a_r = alpha_bar[batch_r.t[b]]
-        xt_r = a_r.sqrt() * batch_r.x0[b] + (1 - a_r).sqrt() * batch_r.noise[b]
-        eps_r = net(xt_r[None], batch_r.t[one], batch_r.retained[one])[0]
-        aim = batch_r.noise[b]  # Eq. 9
+        xt_r, aim = noised(  # Eq. 9
+            problem, batch_r.x0[b], batch_r.noise[b], batch_r.t[b], prediction_type
+        )
+        pred_r = net(xt_r[None], batch_r.t[one], batch_r.retained[one])[0]
         if retain == "distill":
             with torch.no_grad():
                 aim = original(xt_r[None], batch_r.t[one], batch_r.retained[one])[0]
-        loss_r = loss_r + (aim - eps_r).square().mean() / 3
+        loss_r = loss_r + (aim - pred_r).square().mean() / 3
 
     g_d = flat(torch.autograd.grad(loss_d, disc.parameters()))
     g_u = flat(torch.autograd.grad(loss_u, params))
@@ -181,14 +206,15 @@ def check_step(module, seed=CONFLICT, stride=20, **switches):
     disc.register_forward_pre_hook(lambda _, inputs: inputs_of_d.append(inputs[0]))
     before = flat([*net.parameters(), *original.parameters(), *disc.parameters()])
     used = {"lam": 1.0, "disc_input": "x0", "retain": "cp", "project": "gradient"}
-    used |= {"train_model": True, "stride": stride, "retain_weight": 1.0} | switches
+    used |= {"train_model": True, "stride": stride, "retain_weight": 1.0}
+    used |= {"prediction_type": "epsilon"} | switches
     retained = used["train_model"] and used["retain"] != "none"
     update = module.doco_step(
         predict,
         predict_original,
         disc,
         params,
-        alpha_bar,
+        None if used["prediction_type"] == "flow" else alpha_bar,
         batch_f,
         batch_r if retained else None,  # else it is not looked at
         **used,
@@ -283,6 +309,13 @@ STEP_SWITCHES = {
     "x_{t-650}": {"disc_input": "xprev", "stride": 650},
     "project the step": {"project": "step"},
     "project the step, lambda 0.5": {"project": "step", "lam": 0.5},
+    "v-prediction": {"prediction_type": "v_prediction"},
+    "v-prediction, x_{t-20}": {"prediction_type": "v_prediction", "disc_input": "xprev"},
+    "v-prediction, distill": {"prediction_type": "v_prediction", "retain": "distill"},
+    "flow": {"prediction_type": "flow"},
+    "flow, agreement": {"prediction_type": "flow", "seed": AGREEMENT},
+    "flow, distill": {"prediction_type": "flow", "retain": "distill"},
+    "flow, warm-up": {"prediction_type": "flow", "train_model": False},
     "warm-up": {"train_model": False},
     "warm-up, x_{t-20}": {"train_model": False, "disc_input": "xprev"},
     "warm-up, no retention": {"train_model": False, "retain": "none"},
@@ -377,7 +410,7 @@ def test_noise_and_inputs_of_d_agree_with_diffusers():
     t = torch.tensor([980, 500, 20])
     alpha_bar = scheduler.alphas_cumprod
     a_t = alpha_bar[t].view(-1, 1, 1, 1)
-    xt = doco.add_noise(x0, noise, a_t)
+    xt = a_t.sqrt() * x0 + (1 - a_t).sqrt() * noise
     torch.testing.assert_close(xt, scheduler.add_noise(x0, noise, t))
     for stride in (1, 20):
         scheduler.set_timesteps(1000 // stride)
@@ -387,9 +420,9 @@ def test_noise_and_inputs_of_d_agree_with_diffusers():
             theirs = scheduler.step(
                 eps[one], timestep, xt[one], generator=torch.Generator().manual_seed(7)
             )
-            ours = (xt[one], eps[one], t[one], alpha_bar, stride, posterior_noise)
-            x0_hat = doco.discriminator_input("x0", *ours)
-            xprev = doco.discriminator_input("xprev", *ours)
+            ours = ("epsilon", xt[one], t[one], alpha_bar, stride, posterior_noise)
+            x0_hat = doco.discriminator_input(eps[one], "x0", *ours)
+            xprev = doco.discriminator_input(eps[one], "xprev", *ours)
             tolerance = {"rtol": 1e-4, "atol": 1e-4}
             torch.testing.assert_close(x0_hat, theirs.pred_original_sample, **tolerance)
             torch.testing.assert_close(xprev, theirs.prev_sample, **tolerance)
@@ -397,10 +430,10 @@ def test_noise_and_inputs_of_d_agree_with_diffusers():
 
 def test_last_step_of_xprev_is_the_clean_latent():
     torch.manual_seed(0)
-    xt, eps, noise = torch.randn(3, 1, 4, 8, 8)
+    xt, x0_hat, noise = torch.randn(3, 1, 4, 8, 8)
     a = torch.full((1, 1, 1, 1), 0.9)
-    got = doco.posterior_sample(xt, eps, a, torch.ones_like(a), noise)
-    torch.testing.assert_close(got, doco.x0_from_eps(xt, eps, a))
+    got = doco.posterior_sample(xt, x0_hat, a, torch.ones_like(a), noise)
+    torch.testing.assert_close(got, x0_hat)
 
 
 def test_losses_by_hand_and_without_overflow():
@@ -476,23 +509,38 @@ def test_two_ranks_compute_the_step_of_the_whole_batch(tmp_path):
 MUTANTS = {
     "the coefficients of Eq. 1 are swapped": (
         "paper",
-        "alpha_bar_t.sqrt() * x0 + (1 - alpha_bar_t).sqrt() * noise",
-        "(1 - alpha_bar_t).sqrt() * x0 + alpha_bar_t.sqrt() * noise",
+        "xt = a * batch_f.x0 + b * batch_f.noise",
+        "xt = b * batch_f.x0 + a * batch_f.noise",
     ),
-    "Eq. 1 without a root": (
+    "Eq. 1 of L_r with swapped coefficients": (
         "paper",
-        "alpha_bar_t.sqrt() * x0 + (1 - alpha_bar_t).sqrt() * noise",
-        "alpha_bar_t * x0 + (1 - alpha_bar_t).sqrt() * noise",
+        "xt_r = a_r * batch_r.x0 + b_r * batch_r.noise",
+        "xt_r = b_r * batch_r.x0 + a_r * batch_r.noise",
     ),
-    "x0_hat adds the noise": (
-        "paper",
-        "(xt - (1 - alpha_bar_t).sqrt() * eps) /",
-        "(xt + (1 - alpha_bar_t).sqrt() * eps) /",
+    "x0_hat is of another prediction": (
+        "flow",
+        "predict_x0(prediction_type, prediction, xt, a, b)",
+        'predict_x0("epsilon", prediction, xt, a, b)',
     ),
-    "x0_hat is not scaled": (
-        "paper",
-        "return (xt - (1 - alpha_bar_t).sqrt() * eps) / alpha_bar_t.sqrt()",
-        "return (xt - (1 - alpha_bar_t).sqrt() * eps)",
+    "x0_hat is the noise": (
+        "v-prediction",
+        "predict_x0(prediction_type, prediction, xt, a, b)",
+        "predict_x0(prediction_type, prediction, xt, b, a)",
+    ),
+    "D is told to see another prediction": (
+        "flow",
+        "how = (disc_input, prediction_type, xt",
+        'how = (disc_input, "epsilon", xt',
+    ),
+    "L_r aims at the noise of a velocity": (
+        "flow",
+        "prediction_target(prediction_type, batch_r.x0",
+        'prediction_target("epsilon", batch_r.x0',
+    ),
+    "L_r aims with swapped coefficients": (
+        "v-prediction",
+        "batch_r.noise, a_r, b_r)",
+        "batch_r.noise, b_r, a_r)",
     ),
     "the posterior's alpha is that of x_t": (
         "x_{t-20}",
@@ -561,13 +609,13 @@ MUTANTS = {
     "distill is cp": ("distill", 'if retaining and retain == "distill":', "if False:"),
     "distill aims at the noise": (
         "distill",
-        "            eps_anchor, target_r = eps_both.chunk(2)",
-        "            eps_anchor, target_r = eps_both.chunk(2)[0], batch_r.noise",
+        "            pred_anchor, target_r = both.chunk(2)",
+        "            pred_anchor, target_r = both.chunk(2)[0], batch_r.noise",
     ),
     "distill changes anchor and target": (
         "distill",
-        "eps_anchor, target_r = eps_both.chunk(2)",
-        "target_r, eps_anchor = eps_both.chunk(2)",
+        "pred_anchor, target_r = both.chunk(2)",
+        "target_r, pred_anchor = both.chunk(2)",
     ),
     "distill at the forget batch": (
         "distill",
@@ -581,13 +629,13 @@ MUTANTS = {
     ),
     "distill from M": (
         "distill",
-        "eps_both = predict_original(",
-        "eps_both = predict(",
+        "both = predict_original(",
+        "both = predict(",
     ),
     "cp is distilled": (
         "paper",
-        "            target_r = batch_r.noise if retaining else None",
-        "            target_r = predict_original(xt_r, batch_r.t, batch_r.retained)",
+        "batch_r.noise, a_r, b_r)  # eps",
+        "batch_r.noise, a_r, b_r) * 0 + predict_original(xt_r, batch_r.t, batch_r.retained)",
     ),
     "distill adds nothing": ("distill", '    if retain == "distill":', "    if False:"),
     "distill adds to G_u": (
@@ -622,18 +670,18 @@ MUTANTS = {
     ),
     "L_r has the other images": (
         "paper",
-        "add_noise(batch_r.x0, batch_r.noise",
-        "add_noise(batch_f.x0, batch_r.noise",
+        "a_r * batch_r.x0 + b_r * batch_r.noise",
+        "a_r * batch_f.x0 + b_r * batch_r.noise",
     ),
     "L_r has the other noise": (
         "paper",
-        "add_noise(batch_r.x0, batch_r.noise",
-        "add_noise(batch_r.x0, batch_f.noise",
+        "a_r * batch_r.x0 + b_r * batch_r.noise",
+        "a_r * batch_r.x0 + b_r * batch_f.noise",
     ),
     "L_r has the other noise level": (
         "paper",
-        "alpha_bar[batch_r.t].view",
-        "alpha_bar[batch_f.t].view",
+        "coefficients(batch_r.t, alpha_bar)",
+        "coefficients(batch_f.t, alpha_bar)",
     ),
     "L_r is told the other timestep": (
         "paper",
@@ -652,23 +700,23 @@ MUTANTS = {
     ),
     "L_r aims at the other noise": (
         "paper",
-        "target_r = batch_r.noise if",
-        "target_r = batch_f.noise if",
+        "batch_r.x0, batch_r.noise, a_r",
+        "batch_r.x0, batch_f.noise, a_r",
     ),
     "L_r aims at the image": (
         "paper",
-        "target_r = batch_r.noise if",
-        "target_r = batch_r.x0 if",
+        "batch_r.x0, batch_r.noise, a_r",
+        "batch_r.noise, batch_r.x0, a_r",
     ),
     "L_r is M_init's": (
         "paper",
-        "eps_r = predict(xt_r",
-        "eps_r = predict_original(xt_r",
+        "pred_r = predict(xt_r",
+        "pred_r = predict_original(xt_r",
     ),
     "L_r is a sum": (
         "paper",
-        "F.mse_loss(eps_r, target_r)",
-        'F.mse_loss(eps_r, target_r, reduction="sum")',
+        "F.mse_loss(pred_r, target_r)",
+        'F.mse_loss(pred_r, target_r, reduction="sum")',
     ),
     "G_r is negative": (
         "paper",
@@ -677,33 +725,33 @@ MUTANTS = {
     ),
     "x_t is of the retain images": (
         "paper",
-        "add_noise(batch_f.x0, batch_f.noise",
-        "add_noise(batch_r.x0, batch_f.noise",
+        "a * batch_f.x0 + b * batch_f.noise",
+        "a * batch_r.x0 + b * batch_f.noise",
     ),
     "x_t has the other noise": (
         "paper",
-        "add_noise(batch_f.x0, batch_f.noise",
-        "add_noise(batch_f.x0, batch_r.noise",
+        "a * batch_f.x0 + b * batch_f.noise",
+        "a * batch_f.x0 + b * batch_r.noise",
     ),
     "x_t has the other noise level": (
         "paper",
-        "alpha_bar[batch_f.t].view",
-        "alpha_bar[batch_r.t].view",
+        "coefficients(batch_f.t, alpha_bar)",
+        "coefficients(batch_r.t, alpha_bar)",
     ),
     "D is shown the other timestep": (
         "paper",
-        "how = (batch_f.t, alpha_bar",
-        "how = (batch_r.t, alpha_bar",
+        "xt, batch_f.t, alpha_bar, stride",
+        "xt, batch_r.t, alpha_bar, stride",
     ),
     "the posterior sample has the noise of x_t": (
         "x_{t-1}",
-        "(batch_f.t, alpha_bar, stride, batch_f.posterior_noise)",
-        "(batch_f.t, alpha_bar, stride, batch_f.noise)",
+        "batch_f.t, alpha_bar, stride, batch_f.posterior_noise)",
+        "batch_f.t, alpha_bar, stride, batch_f.noise)",
     ),
     "M_init is M": (
         "paper",
-        "eps_anchor = predict_original(xt",
-        "eps_anchor = predict(xt",
+        "pred_anchor = predict_original(xt",
+        "pred_anchor = predict(xt",
     ),
     "M_init gets the target's prompt": (
         "paper",
@@ -733,8 +781,8 @@ MUTANTS = {
     ),
     "M is M_init": (
         "paper",
-        "eps_target = predict(xt",
-        "eps_target = predict_original(xt",
+        "pred_target = predict(xt",
+        "pred_target = predict_original(xt",
     ),
     "M is at the clean image": (
         "paper",
@@ -743,8 +791,8 @@ MUTANTS = {
     ),
     "D is shown the anchor twice": (
         "paper",
-        "discriminator_input(disc_input, xt, eps_target, *how)",
-        "discriminator_input(disc_input, xt, eps_anchor, *how)",
+        "discriminator_input(pred_target, *how)",
+        "discriminator_input(pred_anchor, *how)",
     ),
     "D is shown the target twice": (
         "paper",
@@ -888,6 +936,8 @@ def mutant_of(line, instead):
     module = types.ModuleType("mutant")
     module.__dict__.update(torch=torch, F=F, namedtuple=namedtuple)
     module.__dict__.update(vars(gradsurgery))
+    for name in ("coefficients", "predict_x0", "prediction_target"):
+        module.__dict__[name] = getattr(backbones, name)
     exec(compile(source.replace(line, instead), "mutant.py", "exec"), module.__dict__)
     return module
 

@@ -18,8 +18,10 @@ from diffusers import (
     DDIMScheduler,
     DDPMPipeline,
     DDPMScheduler,
+    FluxPipeline,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
     UNet2DModel,
 )
 from PIL import Image
@@ -454,37 +456,46 @@ def test_ddpm_is_saved_as_a_pipeline(forget, tiny_ddpm, tmp_path):
     assert not (a / "checkpoint.safetensors").exists()
 
 
-FAMILIES = {"sd": StableDiffusionPipeline, "sd3": StableDiffusion3Pipeline}
+FAMILIES = {
+    "sd": StableDiffusionPipeline,
+    "sdxl": StableDiffusionXLPipeline,
+    "sd3": StableDiffusion3Pipeline,
+    "flux": FluxPipeline,
+}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model", FAMILIES)
-def test_lora_reloads_in_plain_diffusers(forget, tiny, tiny_sd3, model, monkeypatch):
+def test_lora_reloads_in_plain_diffusers(
+    forget, tiny, tiny_sdxl, tiny_sd3, tiny_flux, model, monkeypatch
+):
     """The LoRA, and the pipeline that it is fused into, generate what the trained network does."""
-    nets, state_dict = [], instance_unlearn.get_peft_model_state_dict
+    nets, state_dict = [], backbones.get_peft_model_state_dict
 
     def record(net):
         nets.append(net)
         return state_dict(net)
 
-    monkeypatch.setattr(instance_unlearn, "get_peft_model_state_dict", record)
+    monkeypatch.setattr(backbones, "get_peft_model_state_dict", record)
     flags = ["--remember", "generated", "--num-remember", "4", "--surrogate", "flip"]
     flags += ["--steps", "4", "--lr", "1e-2", "--save-pipeline", "--prompt", "a cat"]
-    run = forget(*flags, model=model)
+    side = 64 if model == "sd" else 16
+    base = {"sd": tiny, "sdxl": tiny_sdxl, "sd3": tiny_sd3, "flux": tiny_flux}[model]
+    run = forget(*flags, "--resolution", str(side), model=model if model == "sd" else base)
 
     absent = {"text_encoder_3": None, "tokenizer_3": None} if model == "sd3" else {}
     load = FAMILIES[model].from_pretrained
-    base = {"sd": tiny, "sd3": tiny_sd3}[model]
 
     def generate(pipe):
         pipe.set_progress_bar_config(disable=True)
         g = torch.Generator().manual_seed(0)
-        output = pipe("a cat", generator=g, num_inference_steps=3, output_type="np")
+        call = {"num_inference_steps": 3, "output_type": "np", "height": side, "width": side}
+        output = pipe("a cat", generator=g, **call)
         return torch.from_numpy(output.images)
 
     pipe = load(base, **absent)
     original = generate(pipe)
-    pipe.register_modules(**{"unet" if model == "sd" else "transformer": nets[0]})
+    pipe.register_modules(**{"unet" if hasattr(pipe, "unet") else "transformer": nets[0]})
     trained = generate(pipe)
     loaded = load(base, **absent)
     loaded.load_lora_weights(run)

@@ -6,7 +6,8 @@ Three checks, none of which shares a line with the code that it checks:
     check_parts   the helpers, from plain numbers: timesteps, lambda(t), batches, pairs
     check_run     a whole run on a tiny diffusers model: every gradient, every step of Adam, the log
 
-Then one line of instance_unlearn.py at a time is changed, and each of these mutants must fail.
+Then one line of instance_unlearn.py, or of section 1 of backbones.py, at a time is changed, and
+each of these mutants must fail.
 """
 
 import copy
@@ -327,7 +328,7 @@ def test_a_model_that_predicts_the_target_arrives_at_the_surrogate(prediction_ty
 
 def test_stratified_timesteps_are_uniform():
     """One of each eighth of 0 .. 999; over many batches, the uniform distribution."""
-    sample, g = instance_unlearn.sample_timesteps, torch.Generator().manual_seed(0)
+    sample, g = backbones.sample_timesteps, torch.Generator().manual_seed(0)
     for _ in range(50):
         t = sample(8, g, stratified=True)
         assert (t // 125).tolist() == list(range(8))
@@ -339,7 +340,7 @@ def test_stratified_timesteps_are_uniform():
 def test_independent_timesteps_are_independent():
     """Nearly every batch of eight has two in one eighth; a stratified batch never has."""
     g = torch.Generator().manual_seed(0)
-    t = torch.stack([instance_unlearn.sample_timesteps(8, g) for _ in range(500)])
+    t = torch.stack([backbones.sample_timesteps(8, g) for _ in range(500)])
     assert t.min() >= 0 and t.max() <= 999
     assert abs(t.float().mean() - 499.5) < 15
     eighths = torch.stack([torch.bincount(row // 125, minlength=8) for row in t])
@@ -350,7 +351,7 @@ def test_independent_timesteps_are_independent():
 def test_times_of_flow_matching_are_those_of_its_training(shift, median):
     """Logit-normal after the shift is undone: mean 0, standard deviation 1."""
     g = torch.Generator().manual_seed(0)
-    t = instance_unlearn.sample_timesteps(4001, g, shift, stratified=True)
+    t = backbones.sample_timesteps(4001, g, shift, stratified=True)
     assert 1 <= t.min() and t.max() <= 1000
     assert abs(t.median() - median) < 1
     logit = torch.logit(t / 1000 / (shift - (shift - 1) * t / 1000))
@@ -1145,10 +1146,20 @@ PURE_MUTANTS = {
 }
 
 
+METHOD = (common.REPO / "instance_unlearn.py").read_text()
+SCHEDULE = (common.REPO / "backbones.py").read_text().partition("\n# ---- 2. ")[0]
+
+
+def source_of(line):
+    """instance_unlearn.py or section 1 of backbones.py, whichever has the line, and has it once."""
+    found = [source for source in (METHOD, SCHEDULE) if line in source]
+    assert len(found) == 1 and found[0].count(line) == 1, f"stands elsewhere, or twice: {line}"
+    return found[0]
+
+
 def mutant_of(line, instead):
-    """instance_unlearn.py with one line changed, as a module."""
-    source = (common.REPO / "instance_unlearn.py").read_text()
-    assert source.count(line) == 1, f"stands {source.count(line)} times: {line}"
+    """The source of a line with that line changed, as a module."""
+    source = source_of(line)
     module = types.ModuleType("mutant")
     module.__file__ = "mutant.py"
     exec(compile(source.replace(line, instead), "mutant.py", "exec"), module.__dict__)
@@ -1186,10 +1197,12 @@ def test_mutant_is_caught(name):
 
 def test_source_without_a_change_passes():
     """Or every mutant would be caught for a missing import."""
-    module = mutant_of("def instance_step(", "def instance_step(")
+    method, schedule = (mutant_of(line, line) for line in ("def instance_step(", "def sample_t"))
     for check in PARTS.values():
-        check(module)
-    check_step(module, *STEPS[0])
+        check(method)
+    check_step(method, *STEPS[0])
+    check_timesteps(schedule)
+    check_ends_of_the_timesteps(schedule)
 
 
 # ---- mutants of the training loop ---------------------------------------------------------------
@@ -1311,8 +1324,8 @@ RUN_MUTANTS = {
     ),
     "the LoRA has another seed": (
         "sd",
-        "torch.manual_seed(args.seed)  # the same LoRA",
-        "torch.manual_seed(0)  # the same LoRA",
+        "backbone.trainable_weights(method, args.rank, args.seed)",
+        "backbone.trainable_weights(method, args.rank, 0)",
     ),
     "flipped latents for a flipped image": (
         "sd",
@@ -1340,7 +1353,6 @@ def test_mutant_of_the_run_is_caught(folders, name):
 
 
 def test_every_mutant_changes_one_line_that_exists():
-    source = (common.REPO / "instance_unlearn.py").read_text()
     for name, (_, line, instead) in (PURE_MUTANTS | RUN_MUTANTS).items():
-        assert source.count(line) == 1 and line != instead, name
+        assert source_of(line) and line != instead, name
         assert re.search(r"\S", line), name

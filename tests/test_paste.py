@@ -112,16 +112,17 @@ def copy_files(folder, *names):
         (folder / name).write_text((common.REPO / name).read_text())
 
 
-def section_1():
-    """Section 1 of doco.py: from its rule to that of section 2."""
-    source = (common.REPO / "doco.py").read_text()
+def section_1(file="doco.py"):
+    """Section 1 of a file: from its rule to that of section 2."""
+    source = (common.REPO / file).read_text()
     return source[source.index("# ---- 1.") : source.index("# ---- 2.")]
 
 
 def test_doco_step_trains_with_torch_alone(tmp_path):
-    """Section 1 with its imports: the warm-up trains D alone, then both move, losses are finite."""
+    """Both sections 1 with their imports: the warm-up trains D alone, then both move, losses are finite."""
     copy_files(tmp_path, "gradsurgery.py", "discriminator.py")
-    pasted = f"import json\n{IMPORTS}\n\n{section_1()}\n\n{TRAINING}"
+    sections = f"{section_1('backbones.py')}\n\n{section_1()}"
+    pasted = f"import json\n{IMPORTS}\n\n{sections}\n\n{TRAINING}"
     (tmp_path / "pasted.py").write_text(pasted)
     result = json.loads(run_isolated(tmp_path))
     rows = result["rows"]
