@@ -430,13 +430,13 @@ def generated_remember_set(sample, x_f, conditions, timesteps, args, contents, r
 # ---- 5. presets and flags -----------------------------------------------------------------------
 
 # The paper's settings: a DDPM trains whole, Stable Diffusion 3 by LoRA; 1 and 2 get the same here.
-# It does not give the LoRA's rank, nor sampling steps and guidance.
+# It does not give the LoRA's rank, nor sampling steps; guidance is the family's (backbones.py).
 PAPER_DDPM = {"steps": 240, "lr": 5e-6, "beta": 5e-5, "sampling_steps": 50}
-PAPER_LORA = {"steps": 100, "lr": 1e-5, "beta": 2e-4, "sampling_steps": 28, "guidance": 7.0}
+PAPER_LORA = {"steps": 100, "lr": 1e-5, "beta": 2e-4, "sampling_steps": 28}
 # For small models (DDPMs of 64 pixels or less, latents below 32x32) such as emoji/ddpm, emoji/sd3:
 # higher learning rates, chosen on the cowboy (DDPM) and the black cat (LoRA).
 SMALL_DDPM = {"steps": 240, "lr": 6e-5, "beta": 5e-5, "sampling_steps": 50}
-SMALL_LORA = {"steps": 100, "lr": 1e-3, "beta": 2e-4, "sampling_steps": 15, "guidance": 4.0}
+SMALL_LORA = {"steps": 100, "lr": 1e-3, "beta": 2e-4, "sampling_steps": 15}
 # Two remedies for the noise of their gradients, neither in the paper. All baselines have them too.
 PAPER_REMEDIES = {"lr_scheduler": "constant", "timestep_sampling": "uniform"}
 SMALL_REMEDIES = {"lr_scheduler": "linear", "timestep_sampling": "stratified"}
@@ -547,7 +547,7 @@ def fill_defaults(args, backbone, processes):
         preset = SMALL_REMEDIES | (SMALL_LORA if backbone.lora_targets else SMALL_DDPM)
     else:
         preset = PAPER_REMEDIES | (PAPER_LORA if backbone.lora_targets else PAPER_DDPM)
-    # The preset also holds sampling steps and guidance, which are no flags.
+    # The preset also holds sampling steps, which are no flag.
     for name in ("steps", "lr", "beta", "lr_scheduler", "timestep_sampling"):
         if getattr(args, name) is None:
             setattr(args, name, preset[name])
@@ -602,7 +602,7 @@ def unlearn(args):
     # A run is resumed only with the settings it began with, and the same contents behind them.
     edited = [Path(kind) for kind in args.surrogate if kind not in KINDS]
     contents = {
-        "--model": common.fingerprint(backbone.fingerprint(), preset),
+        "--model": common.fingerprint(backbone.fingerprint(), preset, backbone.guidance),
         "--forget": common.fingerprint(*args.forget),
         "--surrogate": common.fingerprint(*(f for f in edited if f.is_file())),
         "--remember": common.fingerprint_files(files),
@@ -619,7 +619,7 @@ def unlearn(args):
 
     def sample(x, timesteps, condition):
         """Samples of the original model from x (B, C, h, w), as noisy as timesteps[0]."""
-        return backbone.sample(x, timesteps, condition, null_condition, preset.get("guidance"))
+        return backbone.sample(x, timesteps, condition, null_condition, backbone.guidance)
 
     x_f = backbone.encode(pixels_f)  # (K, C, h, w)
     if files:

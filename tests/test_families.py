@@ -1,0 +1,175 @@
+"""The three programs on a tiny model of each family: what they leave loads in plain diffusers.
+
+The numbers of a training are checked in test_doco_updates.py, what a family is in
+test_backbones.py.
+"""
+
+import json
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from safetensors.torch import load_file
+from test_doco import launch
+
+import common
+import doco
+import eval as evaluation
+import instance_unlearn
+
+FAMILIES = ("sdxl", "sd3", "flux")
+CAT = ["--target", "Grumpy Cat", "--anchor", "Cat"]
+SHORT = ["--steps", "3", "--warmup-steps", "1", "--batch-size", "2"]
+# FLUX has no native size that a tiny one could differ in: it is told one
+SIZE = {"flux": ["--resolution", "16"]}
+
+
+@pytest.fixture(scope="module")
+def folders(tiny, tiny_sdxl, tiny_sd3, tiny_flux):
+    return {"sd": tiny, "sdxl": tiny_sdxl, "sd3": tiny_sd3, "flux": tiny_flux}
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """Anchor images of three sampling steps."""
+    for images in (doco.SMALL_IMAGES, doco.PAPER_IMAGES):
+        monkeypatch.setitem(images, "sampling_steps", 3)
+
+
+def unlearn(folders, family, out, *flags):
+    """A short run of doco.py; returns its folder."""
+    argv = ["--model", folders[family], *CAT, *SHORT, *SIZE.get(family, []), "--out", out, *flags]
+    return doco.unlearn(doco.parse_args(list(map(str, argv))))
+
+
+def plain(folder, family):
+    """The pipeline by diffusers alone."""
+    absent = {"text_encoder_3": None, "tokenizer_3": None} if family == "sd3" else {}
+    return DiffusionPipeline.from_pretrained(folder, dtype=torch.float32, **absent)
+
+
+def latents_of(pipe, family):
+    """A latent of a pipeline, always from the same noise."""
+    pipe.set_progress_bar_config(disable=True)
+    size = {"height": 16, "width": 16} if family == "flux" else {}
+    call = {"num_inference_steps": 2, "output_type": "latent"} | size
+    return pipe("Grumpy Cat", generator=torch.Generator().manual_seed(0), **call).images
+
+
+@pytest.mark.parametrize("family", ["sd", *FAMILIES])
+def test_a_lora_loads_in_plain_diffusers_and_so_does_the_pipeline(folders, tmp_path, family):
+    flags = ["--train-method", "lora", "--lr", "0.1", "--rank", "4", "--save-pipeline"]
+    run = unlearn(folders, family, tmp_path / "run", *flags)
+    assert {f.name for f in run.iterdir()} >= {"pytorch_lora_weights.safetensors", "pipeline"}
+    assert not (run / "delta.safetensors").exists()
+    pipe = plain(folders[family], family)
+    before = latents_of(pipe, family)
+    pipe.load_lora_weights(run)
+    after = latents_of(pipe, family)
+    assert not torch.allclose(before, after, atol=1e-2)
+    fused = latents_of(plain(run / "pipeline", family), family)
+    torch.testing.assert_close(fused, after, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_keys_and_values_load_in_plain_diffusers(folders, tmp_path, family):
+    """Of the text alone, and the exact weights: no other tensor is in the file."""
+    run = unlearn(folders, family, tmp_path / "run", "--train-method", "kv", "--lr", "0.1")
+    delta = load_file(run / "delta.safetensors")
+    part = "attn2.to_" if family == "sdxl" else "attn.add_"
+    assert delta and all(part in name for name in delta)
+    pipe = plain(folders[family], family)
+    before = latents_of(pipe, family)
+    net = pipe.unet if family == "sdxl" else pipe.transformer
+    result = net.load_state_dict(delta, strict=False)
+    assert not result.unexpected_keys
+    assert not torch.allclose(before, latents_of(pipe, family), atol=1e-2)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_distill_with_prompts_runs(folders, tmp_path, family):
+    """Prompts to be retained are chosen by the embeddings and predictions of every family."""
+    (tmp_path / "others.txt").write_text("one tree\na yellow submarine\n")
+    flags = ["--retain", "distill", "--retain-prompts", tmp_path / "others.txt"]
+    run = unlearn(folders, family, tmp_path / "run", *flags)
+    row = json.loads((run / "log.jsonl").read_text().splitlines()[-1])
+    assert row["share_r"] > 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_earlier_lora_is_where_a_run_begins(folders, tmp_path, family):
+    """After a warm-up alone the weights are the earlier ones: nothing of them is lost."""
+    flags = ["--train-method", "lora", "--rank", "2"]
+    first = unlearn(folders, family, tmp_path / "first", *flags)
+    warm_up = ["--init", first, "--warmup-steps", "3"]
+    second = unlearn(folders, family, tmp_path / "second", *flags, *warm_up)
+    a, b = (load_file(run / "pytorch_lora_weights.safetensors") for run in (first, second))
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    with pytest.raises(SystemExit, match="not trained here; repeat its --model, --train-method"):
+        unlearn(folders, family, tmp_path / "third", "--train-method", "kv", "--init", first)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_run_is_evaluated(folders, tmp_path, family):
+    run = unlearn(folders, family, tmp_path / "run", "--lr", "0.1")
+    argv = ["concept", "--before", folders[family], "--after", run, *CAT, *SIZE.get(family, [])]
+    argv += ["--clip", common.REPO / "emoji/clip", "--num-images", "2"]
+    evaluation.evaluate(evaluation.parse_args(list(map(str, argv))))
+    report = json.loads((run / "report.json").read_text())
+    assert report["prompt_types"]["target"]["after"]["FID"] > 0
+    expected = {"sdxl": 5.0, "sd3": 4.0, "flux": 3.5}[family]
+    assert report["guidance"] == expected
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_image_is_unlearned(folders, photos, tmp_path, family):
+    """instance_unlearn.py: a LoRA; the surrogate and the images to remember are the model's."""
+    argv = ["--model", folders[family], "--forget", photos / "a.png", "--prompt", "a cat"]
+    argv += ["--steps", "2", "--batch-size", "2", "--num-remember", "4", *SIZE.get(family, [])]
+    args = instance_unlearn.parse_args(list(map(str, [*argv, "--out", tmp_path / "run"])))
+    run = instance_unlearn.unlearn(args)
+    lora = load_file(run / "pytorch_lora_weights.safetensors")
+    name = "unet." if family == "sdxl" else "transformer."
+    assert all(key.startswith(name) for key in lora)
+    assert (run / "surrogate-0.png").exists()
+
+
+BAD = [
+    ("sd3", ["--disc-input", "xprev"], "flow matching has no posterior"),
+    ("flux", ["--null-space", "0.9"], "the keys and values of a transformer see more"),
+    ("sdxl", ["--null-space", "0.9", "--train-method", "lora"], "--null-space goes with"),
+    ("sd3", ["--train-method", "kv", "--rank", "4"], "--rank 4 goes with --train-method lora"),
+    ("sd3", ["--rank", "0"], "--rank 0: expected at least 1"),
+    ("flux", ["--resolution", "18"], "--resolution 18 is no multiple of 4"),
+    ("sd3", ["--resolution", "8"], "--resolution 8: expected at least 16"),
+]
+
+
+@pytest.mark.parametrize(("family", "flags", "message"), BAD)
+def test_bad_input_is_one_line(folders, tmp_path, family, flags, message):
+    with pytest.raises(SystemExit) as caught:
+        unlearn(folders, family, tmp_path / "run", *flags)
+    text = str(caught.value)
+    assert message in text and "\n" not in text
+
+
+def test_a_ddpm_has_no_concepts(tiny_ddpm, tmp_path):
+    with pytest.raises(SystemExit, match="is a DDPMPipeline; expected one of StableDiffusion"):
+        unlearn({"ddpm": tiny_ddpm}, "ddpm", tmp_path / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_two_processes_equal_one(folders, tmp_path, family):
+    argv = ["--model", folders[family], *CAT, *SIZE.get(family, []), "--batch-size", "4"]
+    argv += ["--steps", "12", "--warmup-steps", "2", "--lr", "1e-3"]
+    argv = list(map(str, argv))
+    one = doco.unlearn(doco.parse_args([*argv, "--out", str(tmp_path / "one")]))
+    result = launch(2, tmp_path, *argv, "--out", str(tmp_path / "two"))
+    assert result.returncode == 0, result.stderr
+    file = doco.RESULTS[family != "sdxl"]
+    a, b = load_file(one / file), load_file(tmp_path / "two" / file)
+    assert a.keys() == b.keys()
+    for name in a:
+        # Sampling differs in the last digits, and Adam's first steps do not see their size
+        torch.testing.assert_close(a[name], b[name], rtol=0, atol=1e-4)
