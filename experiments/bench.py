@@ -5,6 +5,7 @@
     python -m experiments.bench doco --arch sd-v1-4 --batch-size 1 --steps 3
     python -m experiments.bench instance --arch ddpm-celebahq-256 --batch-size 1 --steps 3
     python -m experiments.bench instance --arch sd3-medium --batch-size 1 --steps 2
+    python -m experiments.bench doco --arch sdxl --batch-size 1 --resolution 512 --steps 2
     python -m experiments.bench build --arch sd-v1-4 --out runs/sd-v1-4      # the folder alone
 
 --arch builds a model of the real size with random weights, from its published configuration: time
@@ -42,11 +43,15 @@ from diffusers import (
     AutoencoderKL,
     DDPMPipeline,
     DDPMScheduler,
+    EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
     PNDMScheduler,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
     UNet2DConditionModel,
     UNet2DModel,
 )
@@ -58,12 +63,15 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5TokenizerFast,
 )
 
 import doco
 import instance_unlearn
 from backbones import coefficients, load_backbone, stack_conditions
-from common import REPO, HelpFormatter, fail
+from common import REPO, HelpFormatter, Processes, fail
 from discriminator import patchgan
 from gradsurgery import forget_only, lambda_projection, write_grad
 from metrics import display_path
@@ -166,10 +174,20 @@ def sd_v1_4(tokenizer, safety):
     )
 
 
-def sd3_medium(tokenizer, safety):
+def sd35_medium(tokenizer, safety):
+    """stabilityai/stable-diffusion-3.5-medium: 2.5 billion weights, latents of 128x128.
+
+    In its first 13 blocks the image has a second attention, to itself alone. Without T5.
+    """
+    more = {"pos_embed_max_size": 384, "qk_norm": "rms_norm"}
+    return sd3_medium(tokenizer, safety, dual_attention_layers=tuple(range(13)), **more)
+
+
+def sd3_medium(tokenizer, safety, **options):
     """stabilityai/stable-diffusion-3-medium: 2 billion weights, latents of 128x128.
 
     Without T5, which a step does not use: diffusers fills its rows of the condition with zeros.
+    options: of the transformer.
     """
     transformer = SD3Transformer2DModel(
         sample_size=128,
@@ -182,7 +200,7 @@ def sd3_medium(tokenizer, safety):
         joint_attention_dim=4096,
         caption_projection_dim=1536,
         pooled_projection_dim=2048,
-        pos_embed_max_size=192,
+        **({"pos_embed_max_size": 192} | options),
     )
     autoencoder = vae(
         latent_channels=16,
@@ -206,9 +224,79 @@ def sd3_medium(tokenizer, safety):
     )
 
 
+def sdxl(tokenizer, safety):
+    """stabilityai/stable-diffusion-xl-base-1.0: 2.6 billion weights, latents of 128x128."""
+    down = ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D")
+    up = ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D")
+    unet = UNet2DConditionModel(
+        sample_size=128,
+        block_out_channels=(320, 640, 1280),
+        down_block_types=down,
+        up_block_types=up,
+        transformer_layers_per_block=[1, 2, 10],
+        attention_head_dim=[5, 10, 20],
+        cross_attention_dim=2048,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=256,
+        projection_class_embeddings_input_dim=2816,
+    )
+    scheduler = EulerDiscreteScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        timestep_spacing="leading",
+        steps_offset=1,
+    )
+    scheduler.register_to_config(clip_sample=False)  # as in the hub's folder
+    with_pooled = CLIPTextModelWithProjection
+    return StableDiffusionXLPipeline(
+        unet=unet,
+        vae=vae(sample_size=1024, scaling_factor=0.13025),
+        tokenizer=tokenizer,
+        text_encoder=clip_text(CLIPTextModel, tokenizer, 768, 12, 12),
+        tokenizer_2=tokenizer,
+        text_encoder_2=clip_text(with_pooled, tokenizer, 1280, 32, 20, "gelu"),
+        scheduler=scheduler,
+    )
+
+
+def flux_dev_reduced(tokenizer, safety):
+    """black-forest-labs/FLUX.1-dev with 2 of 19 double blocks, 4 of 38 single ones.
+
+    1.4 of 12 billion weights, latents of 128x128; T5 has one of its 24 layers. Every other
+    dimension is the real one. T5's tokenizer spells, as its vocabulary is on the hub alone.
+    """
+    transformer = FluxTransformer2DModel(num_layers=2, num_single_layers=4, guidance_embeds=True)
+    special = [(token, 0.0) for token in ("<pad>", "</s>", "<unk>")]
+    letters = [(letter, -2.0) for letter in "▁abcdefghijklmnopqrstuvwxyz"]
+    t5 = {"d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_heads": 64, "num_layers": 1}
+    t5 |= {"vocab_size": 32128, "feed_forward_proj": "gated-gelu"}
+    autoencoder = vae(
+        latent_channels=16,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        shift_factor=0.1159,
+        scaling_factor=0.3611,
+        sample_size=1024,
+    )
+    return FluxPipeline(
+        transformer=transformer,
+        vae=autoencoder,
+        tokenizer=tokenizer,
+        text_encoder=clip_text(CLIPTextModel, tokenizer, 768, 12, 12),
+        tokenizer_2=T5TokenizerFast(vocab=special + letters, extra_ids=0),
+        text_encoder_2=T5EncoderModel(T5Config(**t5)),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+    )
+
+
 ARCHS = {
     "sd-v1-4": sd_v1_4,
+    "sdxl": sdxl,
     "sd3-medium": sd3_medium,
+    "sd3.5-medium": sd35_medium,
+    "flux-dev-reduced": flux_dev_reduced,
     "ddpm-celebahq-256": ddpm_celebahq_256,
 }
 
@@ -226,7 +314,8 @@ def assemble(arch, safety=True):
 def build(arch, folder, safety=True):
     """Writes a pipeline folder of the real size, in half precision as on the hub. Returns it.
 
-    Sizes on disk: DDPM 0.2 GB, Stable Diffusion 2.7 (without safety checker 2.1), SD 3 about 6.
+    Sizes on disk: DDPM 0.2 GB, Stable Diffusion 2.7 (without safety checker 2.1), SD 3 about 6,
+    Stable Diffusion XL 7.
     """
     torch.manual_seed(0)
     assemble(arch, safety).to(torch.float16).save_pretrained(folder)
@@ -249,7 +338,7 @@ Bench = namedtuple("Bench", "what backbone params condition shape batch_size")
 def load(args, device):
     """Loads a model as the script does, and makes trainable what it trains. Returns a Bench.
 
-    doco: keys and values of the cross-attention. instance: a LoRA, or the whole network of a DDPM.
+    doco: what its default trains of the family. instance: a LoRA, or the whole network of a DDPM.
     """
     backbone = load_backbone(args.model)
     resolution = backbone.check_resolution(args.resolution)
@@ -258,10 +347,10 @@ def load(args, device):
     backbone.pipe = None  # frees the VAE, as the scripts do: a step needs the network alone
     if args.what == "doco":
         settings = doco.parse_args(["--target", "a", "--anchor", "b"])
-        pattern = doco.TRAINABLE[settings.train_method]
-        params = [p for n, p in backbone.net.named_parameters() if re.search(pattern, n)]
-        for p in params:
-            p.requires_grad_()
+        processes = Processes(rank=0, world=1, device=device)
+        settings, _ = doco.fill_defaults(settings, backbone, processes)
+        how = (settings.train_method, settings.rank, settings.seed)
+        params = list(backbone.trainable_weights(*how).values())
     else:
         settings = instance_unlearn.parse_args(["--forget", "image.png"])
         params = list(instance_unlearn.trainable_weights(backbone, settings).values())
@@ -333,6 +422,7 @@ def doco_way(bench, retain="cp"):
             backbone.alpha_bar,
             batch_f,
             batch_r,
+            backbone.prediction_type,
             retain=retain,
         )
         doco.optimizer_step(optimizer, params, update.g)

@@ -331,14 +331,17 @@ STYLED_PROMPTS = ["--prompts", "experiments/prompts-styles.txt"]
 DISTILL = ["--retain", "distill"]
 
 
-def balance_job(erased, *flags, script="doco", style=False):
+def balance_job(erased, *flags, script="doco", style=False, model="emoji/sd"):
     """The job that erases concepts, [(name, anchor)], for BALANCE_COLUMNS; small models alone."""
+    if model != "emoji/sd":
+        flags = ["--model", model, *flags]
     job = concept_job(
         argparse.Namespace(paper=False), erased, [], *flags, style=style, script=script
     )
     # eval.py chooses the unrelated concepts, none of which is among the retained prompts. At the
     # papers' size, nothing is known of related concepts and OOD prompts, and there is no H.
     score = job.score[: job.score.index("--unrelated")]
+    score[score.index("--before") + 1] = model
     score += ["--num-images", "2" if style else "4"]
     return job._replace(name=f"balance-{job.name}", score=score)
 
@@ -382,6 +385,25 @@ def doco_balance(args):
     rows = balance_rows([BALANCE_STYLE], style=True)
     blocks.append(Block(f"Erasing the style {BALANCE_STYLE[0]}", [], rows))
     return [Table("Forgetting and preservation", BALANCE_COLUMNS, blocks)]
+
+
+# emoji/sd3 does not draw the grumpy cat (its CA is 0 before anything is erased). On the first its
+# learning rate was chosen; the others are reported.
+TRANSFORMER_OBJECTS = [("enraged face", "face"), ("flag of japan", "flag"), ("pizza", "food")]
+
+
+def doco_sd3(args):
+    """DoCo on a transformer that was trained by flow matching."""
+    if args.paper:
+        return []
+    blocks = []
+    for k, concept in enumerate(TRANSFORMER_OBJECTS):
+        heading = f"Erasing {concept[0]}" + ("" if k else ", on which the rate was chosen")
+        job = functools.partial(balance_job, [concept], model="emoji/sd3")
+        rows = [Row("DoCo", job()), Row("DoCo, distill", job(*DISTILL))]
+        blocks.append(Block(heading, [], rows))
+    title = "DoCo on Stable Diffusion 3, a LoRA: emoji/sd3"
+    return [Table(title, BALANCE_COLUMNS, blocks)]
 
 
 def doco_ablation(args):
@@ -696,6 +718,7 @@ TABLES = {
     "doco-table3": doco_table3,
     "doco-balance": doco_balance,
     "doco-ablation": doco_ablation,
+    "doco-sd3": doco_sd3,
     "instance-table1": instance_table1,
     "instance-table2": instance_table2,
     "instance-table3": instance_table3,

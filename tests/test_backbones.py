@@ -447,7 +447,7 @@ def test_predict(folders, family):
     """A row for all, or one row each: every sample by its own timestep and condition."""
     pipe, backbone = plain(family, folders[family]), backbones.load_backbone(folders[family])
     conditions = backbone.encode_prompts(["a cat", "a dog"], CPU)
-    xt = random_like(2, *backbone.latent_shape(SIDES[family]))
+    xt = random_like(2, *backbone.latent_shape(32))  # native of none; SDXL is told the size
     t = torch.tensor([700, 20])
     stacked = backbones.stack_conditions(list(conditions.values()))
     with torch.no_grad():
@@ -652,6 +652,8 @@ def test_a_lora_adapts_all_attention_and_starts_as_no_change(folders, family):
     assert params.keys() == {name + end for name in expected for end in ends}
     assert {p.dtype for p in params.values()} == {torch.float32}
     assert {p.shape[0] for n, p in params.items() if "lora_A" in n} == {2}
+    first = torch.cat([p.flatten() for n, p in params.items() if "lora_A" in n])
+    assert first.std().item() == pytest.approx(1 / 2, rel=0.1)  # Gaussian, as wide as 1 / rank
     assert {n for n, p in backbone.net.named_parameters() if p.requires_grad} == params.keys()
     # Every LoRA layer counts in full, whatever its rank
     layers = [m for m in backbone.net.modules() if hasattr(m, "scaling")]

@@ -119,7 +119,7 @@ def section_1(file="doco.py"):
 
 
 def test_doco_step_trains_with_torch_alone(tmp_path):
-    """Both sections 1 with their imports: the warm-up trains D alone, then both move, losses are finite."""
+    """Both sections 1 with their imports: the warm-up trains D alone, then both move."""
     copy_files(tmp_path, "gradsurgery.py", "discriminator.py")
     sections = f"{section_1('backbones.py')}\n\n{section_1()}"
     pasted = f"import json\n{IMPORTS}\n\n{sections}\n\n{TRAINING}"
