@@ -226,6 +226,7 @@ def sd3_medium(tokenizer, safety, **options):
 
 def sdxl(tokenizer, safety):
     """stabilityai/stable-diffusion-xl-base-1.0: 2.6 billion weights, latents of 128x128."""
+    # No attention at the full resolution, ten transformer layers at a quarter of it.
     down = ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D")
     up = ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D")
     unet = UNet2DConditionModel(
@@ -249,7 +250,7 @@ def sdxl(tokenizer, safety):
         steps_offset=1,
     )
     scheduler.register_to_config(clip_sample=False)  # as in the hub's folder
-    with_pooled = CLIPTextModelWithProjection
+    with_pooled = CLIPTextModelWithProjection  # its pooled embedding is part of the condition
     return StableDiffusionXLPipeline(
         unet=unet,
         vae=vae(sample_size=1024, scaling_factor=0.13025),
@@ -268,10 +269,13 @@ def flux_dev_reduced(tokenizer, safety):
     dimension is the real one. T5's tokenizer spells, as its vocabulary is on the hub alone.
     """
     transformer = FluxTransformer2DModel(num_layers=2, num_single_layers=4, guidance_embeds=True)
+    # A unigram vocabulary: tokens and their log-probabilities.
     special = [(token, 0.0) for token in ("<pad>", "</s>", "<unk>")]
     letters = [(letter, -2.0) for letter in "▁abcdefghijklmnopqrstuvwxyz"]
+    # T5 v1.1 XXL, the encoder.
     t5 = {"d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_heads": 64, "num_layers": 1}
     t5 |= {"vocab_size": 32128, "feed_forward_proj": "gated-gelu"}
+    # 16 channels, where Stable Diffusion has 4.
     autoencoder = vae(
         latent_channels=16,
         use_quant_conv=False,
@@ -346,6 +350,7 @@ def load(args, device):
     backbone.to(device)
     backbone.pipe = None  # frees the VAE, as the scripts do: a step needs the network alone
     if args.what == "doco":
+        # A UNet trains keys and values, a transformer a LoRA.
         settings = doco.parse_args(["--target", "a", "--anchor", "b"])
         processes = Processes(rank=0, world=1, device=device)
         settings, _ = doco.fill_defaults(settings, backbone, processes)

@@ -334,6 +334,7 @@ DISTILL = ["--retain", "distill"]
 def balance_job(erased, *flags, script="doco", style=False, model="emoji/sd"):
     """The job that erases concepts, [(name, anchor)], for BALANCE_COLUMNS; small models alone."""
     if model != "emoji/sd":
+        # As a flag it is part of the folder's name, so that two models share no folder.
         flags = ["--model", model, *flags]
     job = concept_job(
         argparse.Namespace(paper=False), erased, [], *flags, style=style, script=script
@@ -398,6 +399,7 @@ def doco_sd3(args):
         return []
     blocks = []
     for k, concept in enumerate(TRANSFORMER_OBJECTS):
+        # A rate was tried on the first alone.
         heading = f"Erasing {concept[0]}" + ("" if k else ", on which the rate was chosen")
         job = functools.partial(balance_job, [concept], model="emoji/sd3")
         rows = [Row("DoCo", job()), Row("DoCo, distill", job(*DISTILL))]

@@ -154,6 +154,9 @@ def test_bad_input_is_one_line(folders, tmp_path, family, flags, message):
 
 
 def test_a_ddpm_has_no_concepts(tiny_ddpm, tmp_path):
+    argv = ["concept", "--before", tiny_ddpm, "--after", tiny_ddpm, *CAT]
+    with pytest.raises(SystemExit, match="is a DDPM, which takes no prompt"):
+        evaluation.evaluate(evaluation.parse_args(list(map(str, argv))))
     with pytest.raises(SystemExit, match="is a DDPMPipeline; expected one of StableDiffusion"):
         unlearn({"ddpm": tiny_ddpm}, "ddpm", tmp_path / "run")
 
