@@ -242,6 +242,7 @@ def sdxl(tokenizer, safety):
         addition_time_embed_dim=256,
         projection_class_embeddings_input_dim=2816,
     )
+    # Only its noise schedule counts here: the images come from DPM-Solver++.
     scheduler = EulerDiscreteScheduler(
         beta_start=0.00085,
         beta_end=0.012,
