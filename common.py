@@ -88,6 +88,12 @@ def add_run_arguments(parser, out_default):
         action="store_true",
         help="less memory for a second forward pass; the weights are the same",
     )
+    group.add_argument(
+        "--gradient-accumulation-steps",
+        type=int,
+        default=1,
+        help="the batch in so many parts, one after another: less memory, the same step",
+    )
     group = parser.add_argument_group("run")
     group.add_argument("--seed", type=int, default=0, help="of every random draw")
     group.add_argument("--out", type=Path, help=f"run folder (without it: {out_default})")
@@ -145,12 +151,16 @@ def local_slice(batch_size, processes):
     return slice(processes.rank * n, (processes.rank + 1) * n)
 
 
-def check_batch_size(batch_size, processes):
-    """Fails unless the global batch can be split evenly over the processes."""
-    if batch_size < 1 or batch_size % processes.world:
+def check_batch_size(args, processes):
+    """Fails unless the global batch can be split evenly over processes and micro-batches."""
+    size, micro = args.batch_size, args.gradient_accumulation_steps
+    if micro < 1:
+        fail(f"--gradient-accumulation-steps {micro}: expected at least 1")
+    unit = processes.world * micro
+    if size < 1 or size % unit:
+        parts = f"{processes.world} processes" + (f" of {micro} steps" if micro > 1 else "")
         fail(
-            f"--batch-size {batch_size} cannot be split over {processes.world} processes; "
-            f"take a positive multiple of {processes.world}"
+            f"--batch-size {size} cannot be split over {parts}; take a positive multiple of {unit}"
         )
 
 
@@ -239,6 +249,7 @@ Run = namedtuple("Run", "out begun finished checkpoint log lock")
 
 # Settings that may change when a run is resumed: they do not change what is computed.
 RESUMABLE_KEYS = ("resume", "out", "save_pipeline", "gradient_checkpointing")
+RESUMABLE_KEYS += ("gradient_accumulation_steps",)
 
 
 def run_name(method, names):

@@ -15,7 +15,8 @@ One step, for images x_0 that the original model generated from anchor prompts:
     5. G = G_u - lam min(0, <G_u, G_r>) / |G_r|^2 G_r               Eq. 10  gradient surgery
     6. L_D = -log D(v) - log(1 - D(v*)), v from eps_c likewise      Eq. 8   D tells them apart
 
-All of it is doco_step() below. Before that, D is trained alone for some steps (the warm-up).
+All of it is doco_step() and doco_gradients() below. Before that, D is trained alone for some steps
+(the warm-up).
 
     paper              code                          paper            code
     M, M_init          predict, predict_original     L_u, L_r, L_D    loss_u, loss_r, loss_d
@@ -184,8 +185,7 @@ def doco_step(
     disc,  # D: (B, C, h, w) -> patch logits (B, 1, 2, 2), > 0 for the anchor
     params,  # the trained weights of M, n numbers in all
     alpha_bar,  # (1000,), cumulative products: alpha_t in the paper; flow matching: None
-    batch_f,  # ForgetBatch
-    batch_r,  # RetainBatch, sampled independently of batch_f
+    batches,  # [(ForgetBatch, RetainBatch)], drawn independently: one, or micro-batches of one size
     prediction_type="epsilon",  # or "v_prediction", "flow": what M predicts
     lam=1.0,  # lambda of Eq. 10
     disc_input="x0",  # or "xprev"
@@ -198,9 +198,50 @@ def doco_step(
     """One step of DoCo: three forward passes of the network, two backward. Changes no weight.
 
     Returns a DocoUpdate. "distill": M_init's pass has 2B rows. In the warm-up, D's gradient alone:
-    two forward passes, M's and M_init's.
+    two forward passes, M's and M_init's. With micro-batches, as many passes for each.
     """
-    g, g_r, stats = None, None, {}
+    networks = (predict, predict_original, disc, params, alpha_bar)
+    how = (prediction_type, disc_input, stride, retain, train_model)
+    means = {}
+    for batch_f, batch_r in batches:
+        part = doco_gradients(*networks, batch_f, batch_r, *how)
+        # The mean of the micro-batches' gradients is the gradient of the whole batch: so they are
+        # averaged here, before the projection, which is not linear. In place: of all weights of a
+        # large model, a copy is gigabytes.
+        for name, value in part.items():
+            value /= len(batches)
+            means[name] = means[name].add_(value) if name in means else value
+
+    g_u, g_r, g_d = (means.pop(name, None) for name in ("g_u", "g_r", "g_d"))
+    g, stats = g_u, means
+    if g_r is not None:
+        g, surgery = combine_gradients(g_u, g_r, retain, lam, retain_weight, project)  # Eq. 10
+        stats |= surgery  # cos, norm_f, norm_r, conflict, share_r
+    if train_model:
+        stats["norm_g"] = g.norm()
+    return DocoUpdate(g, g_d, g_r, stats)
+
+
+def doco_gradients(
+    predict,  # M
+    predict_original,  # M_init
+    disc,  # D
+    params,  # (n numbers)
+    alpha_bar,  # (1000,), or None
+    batch_f,  # ForgetBatch, B rows
+    batch_r,  # RetainBatch, B rows
+    prediction_type,
+    disc_input,
+    stride,
+    retain,
+    train_model,
+):
+    """The gradients of Eq. 8 and 9 for one micro-batch; the arguments are doco_step's.
+
+    Returns {name: tensor}: g_u and g_r (n,), g_d, and 0-dim losses and D's accuracy. In the
+    warm-up there is nothing of M, without retention no g_r.
+    """
+    result = {}
     retaining = train_model and retain != "none"  # otherwise, batch_r is not looked at
 
     # Eq. 1: x_t, from an image of the anchor. Eq. 8 of the paper takes the second expectation over
@@ -222,13 +263,14 @@ def doco_step(
         else:
             pred_anchor = predict_original(xt, batch_f.t, batch_f.anchor)  # (B, C, h, w)
 
-    # Eq. 9: L_r = |eps - M(x_t, anchor)|^2; "distill": M_init(x_t, retained) in place of eps. It
-    # comes first: flat_grad frees this graph before the next is built, memory never holds both.
+    # Eq. 9: L_r = |eps - M(x_t, anchor)|^2; "distill": M_init(x_t, retained) in place of eps. This
+    # pass of M comes first: flat_grad frees its graph before the graph of the next one is built, so
+    # that the memory holds one of them, never both.
     if retaining:
         pred_r = predict(xt_r, batch_r.t, batch_r.retained)  # (B, C, h, w)
         loss_r = F.mse_loss(pred_r, target_r)  # 0-dim
-        g_r = flat_grad(loss_r, params)  # (n,), the mean over the ranks
-        stats["loss_r"] = loss_r
+        result["g_r"] = flat_grad(loss_r, params)  # (n,), the mean over the ranks
+        result["loss_r"] = loss_r.detach()
 
     # Eq. 5, its second half: the trained model's prediction for the target, at the same x_t.
     # Whatever D finds to tell the two apart comes from the prompt.
@@ -242,22 +284,18 @@ def doco_step(
         # Eq. 8, the model's half: L_u = -log D(v*). flat_grad goes through D to the weights of M
         # and leaves D alone. In the released code this gradient stays on D, and enters its step.
         loss_u = loss_unlearn(disc(view_target))  # 0-dim
-        g = g_u = flat_grad(loss_u, params)  # (n,)
-        stats["loss_u"] = loss_u
-        if retaining:
-            g, surgery = combine_gradients(g_u, g_r, retain, lam, retain_weight, project)
-            stats |= surgery  # cos, norm_f, norm_r, conflict, share_r
-        stats["norm_g"] = g.norm()
+        result["g_u"] = flat_grad(loss_u, params)  # (n,)
+        result["loss_u"] = loss_u.detach()
 
     # Eq. 8, D's half: L_D = -log D(v) - log(1 - D(v*)), on the inputs that M was trained with. By
     # flat_grad and not backward(), because it averages over the ranks.
     logits_anchor = disc(view_anchor)  # (B, 1, 2, 2)
     logits_target = disc(view_target.detach())  # (B, 1, 2, 2)
     loss_d = loss_discriminator(logits_anchor, logits_target)  # 0-dim
-    g_d = flat_grad(loss_d, disc.parameters())  # (number of D's weights,)
+    result["g_d"] = flat_grad(loss_d, disc.parameters())  # (number of D's weights,)
     hits = (logits_anchor > 0).float().mean() + (logits_target < 0).float().mean()
-    stats |= {"loss_d": loss_d, "disc_acc": hits / 2}  # accuracy 0.5: M fools D
-    return DocoUpdate(g, g_d, g_r, {name: value.detach() for name, value in stats.items()})
+    # D's accuracy; at 0.5, M fools it.
+    return result | {"loss_d": loss_d.detach(), "disc_acc": hits / 2}
 
 
 def optimizer_step(optimizer, params, g, g_r=None, lam=1.0, project=False):
@@ -346,7 +384,7 @@ def train(backbone, trained, latents, pairs, retained, conditions, args, run, pr
         for step in progress:
             train_model = step >= args.warmup_steps
             is_logging_step = (step + 1) % 10 == 0 or step + 1 == args.steps
-            batch_f, batch_r = sample_batches(step, latents, *how)
+            batches = sample_batches(step, latents, *how)
 
             # All gradients at the weights as they are; then both optimizers take their steps.
             update = doco_step(
@@ -355,8 +393,7 @@ def train(backbone, trained, latents, pairs, retained, conditions, args, run, pr
                 disc,
                 params,
                 backbone.alpha_bar,
-                batch_f,
-                batch_r,
+                batches,
                 backbone.prediction_type,
                 lam=args.lam,
                 disc_input=args.disc_input,
@@ -429,7 +466,7 @@ def null_space_projector(params, pairs, retained, conditions, args, processes):
 
 
 def sample_batches(step, latents, pairs, retained, conditions, backbone, args, processes):
-    """The ForgetBatch and the RetainBatch of a step; of each, the slice of this process.
+    """[(ForgetBatch, RetainBatch)] of a step: the micro-batches of the slice of this process.
 
     Every rank samples the whole batch from (seed, step) and takes its rows. So N processes compute
     what one does, and a resumed run needs no saved RNG state.
@@ -467,12 +504,21 @@ def sample_batches(step, latents, pairs, retained, conditions, backbone, args, p
             if (first + i) % 4:
                 prompts_r[i] = retained[pick]
     others = [conditions[prompt] for prompt in prompts_r]
-    both = stack_conditions([*anchors, *others]) if args.retain == "distill" else None
 
-    anchor, target = stack_conditions(anchors), stack_conditions(targets)  # (B, L, D) each
-    batch_f = ForgetBatch(latents[idx], noise, t, anchor, target, posterior_noise)
-    batch_r = RetainBatch(latents[idx_r], noise_r, t_r, stack_conditions(others), both)
-    return batch_f, batch_r
+    # Micro-batches; usually one. Embeddings are stacked for each by itself: it is these that grow.
+    batches, size = [], len(idx) // args.gradient_accumulation_steps
+    for first in range(0, len(idx), size):
+        part = slice(first, first + size)
+        anchor, target = stack_conditions(anchors[part]), stack_conditions(targets[part])
+        other, both = stack_conditions(others[part]), None
+        if args.retain == "distill":
+            both = stack_conditions([*anchors[part], *others[part]])
+        forget = (noise[part], t[part], anchor, target, posterior_noise[part])
+        retain = (noise_r[part], t_r[part], other, both)
+        batch_f = ForgetBatch(latents[idx[part]], *forget)
+        batch_r = RetainBatch(latents[idx_r[part]], *retain)
+        batches.append((batch_f, batch_r))
+    return batches
 
 
 def load_init(folder, trained, backbone):
@@ -797,7 +843,7 @@ def fill_defaults(args, backbone, processes):
         if getattr(args, name) is None:
             setattr(args, name, value)
 
-    common.check_batch_size(args.batch_size, processes)
+    common.check_batch_size(args, processes)
     if not 0 <= args.warmup_steps <= args.steps or args.steps < 1:
         fail(
             f"--steps {args.steps} --warmup-steps {args.warmup_steps}: "

@@ -15,7 +15,8 @@ One step of Algorithm 1; M(x_t, t) predicts the noise eps:
        g_f = grad of (1 - lambda) L_f, lambda = 1 - beta t Eq. 12  forgetting weighs more at noisy t
     6. g = g_r + g_f - min(0, <g_f, g_r>) / |g_r|^2 g_r    Eq. 13  gradient surgery, of g_f alone
 
-All of it is instance_step() below. Several images are unlearned one after another.
+All of it is instance_step() and instance_gradients() below. Several images are unlearned one after
+another.
 
     paper                  code                      paper                     code
     x^f, x^s, x^r          x_f, x_s, x_r             L_f, L_r                  loss_f, loss_r
@@ -124,12 +125,50 @@ def instance_step(
     prediction_type="epsilon",  # or "v_prediction", "flow": what M predicts
     surgery="forget",  # a key of SURGERY
     predict_original=None,  # M_init, of the signature of M: L_r is distilled from it
+    micro_batches=1,  # the rows in so many parts, one after another: less memory
 ):
     """One step of Algorithm 1. Returns (g (n,), 0-dim statistics); changes no weight.
 
     Two forward and two backward passes for one image to forget; one of each more for every further
-    entry of forget, and a forward pass of M_init if it is given. The last entry of forget is the
-    one that loss_f of the statistics reports.
+    entry of forget, and a forward pass of M_init if it is given. As many for each micro-batch. The
+    last entry of forget is the one that loss_f of the statistics reports.
+    """
+    means, size = {}, len(t) // micro_batches
+    for first in range(0, len(t), size):
+        rows = slice(first, first + size)
+        pairs = [(x_f[rows], x_s[rows]) for x_f, x_s in forget]
+        at = (noise[rows], t[rows], a[rows], b[rows], lam_t[rows])
+        how = (prediction_type, predict_original)
+        part = instance_gradients(predict, params, x_r[rows], pairs, *at, *how)
+        # The mean of the micro-batches' gradients is the gradient of the whole batch: so they are
+        # averaged here, before the projection, which is not linear.
+        for name, value in part.items():
+            value /= micro_batches
+            means[name] = means[name].add_(value) if name in means else value
+
+    # Eq. 13: g = g_r + g_f - min(0, <g_f, g_r>) / |g_r|^2 g_r. g_r itself is not projected: PCGrad
+    # does that ("both"), and remembers less (Table IV).
+    g_f, g_r = means.pop("g_f"), means.pop("g_r")
+    g, stats = SURGERY[surgery](g_f, g_r)
+    return g, means | stats
+
+
+def instance_gradients(
+    predict,  # M
+    params,  # (n numbers)
+    x_r,  # (B, C, h, w)
+    forget,  # [(x_f, x_s)], (B, C, h, w) each
+    noise,  # (B, C, h, w)
+    t,  # (B,)
+    a,  # (B, 1, 1, 1)
+    b,  # (B, 1, 1, 1)
+    lam_t,  # (B,)
+    prediction_type,
+    predict_original,  # M_init, or None
+):
+    """g_r and g_f of Eq. 12 for one micro-batch; the arguments are instance_step's.
+
+    Returns {name: tensor}: g_r and g_f (n,), the 0-dim losses.
     """
     # Eq. 8 and 12: g_r. flat_grad frees this graph before the next one is built, so that the memory
     # holds one of them, never both.
@@ -150,11 +189,8 @@ def instance_step(
         target_f = prediction_target(prediction_type, x_s, noise_s, a, b)  # (B, C, h, w)
         error_f = mse_per_sample(predict(xt_f, t), target_f)  # (B,), Eq. 11
         g_f = g_f + flat_grad(((1 - lam_t) * error_f).mean(), params)  # (n,), Eq. 12
-
-    # Eq. 13: g = g_r + g_f - min(0, <g_f, g_r>) / |g_r|^2 g_r. g_r itself is not projected: PCGrad
-    # does that ("both"), and remembers less (Table IV).
-    g, stats = SURGERY[surgery](g_f, g_r)
-    return g, {"loss_r": error_r.mean().detach(), "loss_f": error_f.mean().detach(), **stats}
+    losses = {"loss_r": error_r.mean().detach(), "loss_f": error_f.mean().detach()}
+    return {"g_r": g_r, "g_f": g_f, **losses}
 
 
 # ---- 2. the training loop: Algorithm 1 ----------------------------------------------------------
@@ -217,6 +253,7 @@ def train(backbone, trained, x_f, x_s, remember_batch, n_remember, condition, ar
                 backbone.prediction_type,
                 args.surgery,
                 predict_original if is_distilled else None,
+                args.gradient_accumulation_steps,
             )
 
             # Algorithm 1, line 21. A learning rate that falls to 0 for each image is not in it: at
@@ -556,7 +593,7 @@ def fill_defaults(args, backbone, processes):
     args.resolution = backbone.check_resolution(args.resolution)
 
     # The batch is split over the processes, each gets as many images.
-    common.check_batch_size(args.batch_size, processes)
+    common.check_batch_size(args, processes)
     if args.steps < 1 or not args.lr > 0:
         fail(f"--steps {args.steps} --lr {args.lr:g}: expected at least one step, a positive rate")
     # lambda must stay in [0, 1] for all t in [0, 1000].

@@ -426,8 +426,7 @@ def doco_way(bench, retain="cp"):
             disc,
             params,
             backbone.alpha_bar,
-            batch_f,
-            batch_r,
+            [(batch_f, batch_r)],
             backbone.prediction_type,
             retain=retain,
         )

@@ -10,6 +10,7 @@ import os
 import re
 import signal
 import stat
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -85,10 +86,22 @@ def test_ranks_split_a_batch_evenly():
     ranks = [common.Processes(rank, 3, None) for rank in range(3)]
     rows = [list(range(12))[common.local_slice(12, rank)] for rank in ranks]
     assert rows == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
-    common.check_batch_size(12, ranks[0])
+
+    def check(batch_size, micro=1):
+        args = SimpleNamespace(batch_size=batch_size, gradient_accumulation_steps=micro)
+        common.check_batch_size(args, ranks[0])
+
+    check(12)
+    check(12, 4)
     for batch_size in (0, -3, 4):
-        with fails(f"--batch-size {batch_size} cannot be split over 3 processes"):
-            common.check_batch_size(batch_size, ranks[0])
+        with fails(f"--batch-size {batch_size} cannot be split over 3 processes; take a positive"):
+            check(batch_size)
+    with fails(
+        "--batch-size 12 cannot be split over 3 processes of 3 steps; take a positive multiple of 9"
+    ):
+        check(12, 3)
+    with fails("--gradient-accumulation-steps 0: expected at least 1"):
+        check(12, 0)
 
 
 def test_sigterm_is_noted_and_the_old_handler_comes_back():

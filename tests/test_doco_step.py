@@ -188,7 +188,23 @@ def recompute(
     return g, g_r, g_d, dot, {name: torch.as_tensor(v).detach() for name, v in stats.items()}
 
 
-def check_step(module, seed=CONFLICT, stride=20, **switches):
+def one_by_one(batch_f, batch_r):
+    """Three micro-batches of one sample each."""
+    both = batch_r.anchor_and_retained
+    parts = []
+    for b in range(3):
+        one = slice(b, b + 1)
+        retain = [x[one] for x in batch_r[:4]]
+        parts.append(
+            (
+                type(batch_f)(*(x[one] for x in batch_f)),
+                type(batch_r)(*retain, torch.cat([both[one], both[b + 3 : b + 4]])),
+            )
+        )
+    return parts
+
+
+def check_step(module, seed=CONFLICT, stride=20, micro_batches=False, **switches):
     """Raises AssertionError where doco_step of a module is not the equations. Returns G_u . G_r."""
     problem = make_problem(module, seed, stride)
     net, original, disc, params, alpha_bar, batch_f, batch_r = problem
@@ -209,14 +225,16 @@ def check_step(module, seed=CONFLICT, stride=20, **switches):
     used |= {"train_model": True, "stride": stride, "retain_weight": 1.0}
     used |= {"prediction_type": "epsilon"} | switches
     retained = used["train_model"] and used["retain"] != "none"
+    batches = one_by_one(batch_f, batch_r) if micro_batches else [(batch_f, batch_r)]
+    if not retained:  # then it is not looked at
+        batches = [(forget, None) for forget, _ in batches]
     update = module.doco_step(
         predict,
         predict_original,
         disc,
         params,
         None if used["prediction_type"] == "flow" else alpha_bar,
-        batch_f,
-        batch_r if retained else None,  # else it is not looked at
+        batches,
         **used,
     )
 
@@ -224,9 +242,9 @@ def check_step(module, seed=CONFLICT, stride=20, **switches):
     # graph of M_init, which is M with other weights in it; none of M in the warm-up. M_init runs
     # once, also where it has two things to say.
     wanted = [("M_init", False), *[("M", True)] * retained, ("M", used["train_model"])]
-    assert passes == wanted, f"passes: {passes}"
+    assert passes == wanted * len(batches), f"passes: {passes}"
     of_d_half = inputs_of_d[-2:]
-    assert len(inputs_of_d) == 2 + used["train_model"], "passes of D"
+    assert len(inputs_of_d) == (2 + used["train_model"]) * len(batches), "passes of D"
     assert not any(x.requires_grad for x in of_d_half), "D's half holds a graph of M"
 
     # No weight has changed, and no gradient is left behind.
@@ -315,6 +333,10 @@ STEP_SWITCHES = {
     "flow": {"prediction_type": "flow"},
     "flow, agreement": {"prediction_type": "flow", "seed": AGREEMENT},
     "flow, distill": {"prediction_type": "flow", "retain": "distill"},
+    "micro-batches": {"micro_batches": True},
+    "micro-batches, agreement": {"micro_batches": True, "seed": AGREEMENT},
+    "micro-batches, distill": {"micro_batches": True, "retain": "distill"},
+    "micro-batches, warm-up": {"micro_batches": True, "train_model": False},
     "flow, warm-up": {"prediction_type": "flow", "train_model": False},
     "warm-up": {"train_model": False},
     "warm-up, x_{t-20}": {"train_model": False, "disc_input": "xprev"},
@@ -356,7 +378,9 @@ def test_eq_10_leaves_nothing_that_conflicts():
     net, original, disc, params, alpha_bar, batch_f, batch_r = problem
     dots = []
     for lam in (0.0, 1.0, 2.0):
-        update = doco.doco_step(net, original, disc, params, alpha_bar, batch_f, batch_r, lam=lam)
+        update = doco.doco_step(
+            net, original, disc, params, alpha_bar, [(batch_f, batch_r)], lam=lam
+        )
         dots.append((update.g @ update.g_r / update.g.norm() / update.g_r.norm()).item())
     assert dots[0] < -1e-2 and abs(dots[1]) < 1e-5 and dots[2] > 1e-2
 
@@ -369,7 +393,7 @@ def test_distillation_has_nothing_to_say_before_anything_is_lost():
     problem = make_problem(doco, CONFLICT)
     _, net, disc, _, alpha_bar, batch_f, batch_r = problem
     params = [p.requires_grad_() for p in (*net.to_k.parameters(), *net.to_v.parameters())]
-    step = (net, net, disc, params, alpha_bar, batch_f, batch_r)
+    step = (net, net, disc, params, alpha_bar, [(batch_f, batch_r)])
     distilled = doco.doco_step(*step, retain="distill", project="step")
     plain = doco.doco_step(*step, retain="none")
     assert distilled.g_r.norm() < 1e-6 * doco.doco_step(*step).g_r.norm()
@@ -381,7 +405,7 @@ def test_the_share_of_retention_is_small_for_cp_and_large_for_distill():
     """What the log says about it: Eq. 10 takes off a part of G_u, distillation adds its length."""
     assert check_step(doco) < 0
     net, original, disc, params, alpha_bar, batch_f, batch_r = make_problem(doco, CONFLICT)
-    step = (net, original, disc, params, alpha_bar, batch_f, batch_r)
+    step = (net, original, disc, params, alpha_bar, [(batch_f, batch_r)])
     shares = {r: doco.doco_step(*step, retain=r).stats["share_r"] for r in ("cp", "distill")}
     assert 0 < shares["cp"] < 0.5 < shares["distill"]
 
@@ -390,12 +414,10 @@ def test_a_batch_repeated_is_the_same_step():
     """Losses are means over the batch."""
     net, original, disc, params, alpha_bar, batch_f, batch_r = make_problem(doco, CONFLICT)
     networks = (net, original, disc, params, alpha_bar)
-    once = doco.doco_step(*networks, batch_f, batch_r)
-    twice = doco.doco_step(
-        *networks,
-        doco.ForgetBatch(*(torch.cat([x, x]) for x in batch_f)),
-        doco.RetainBatch(*(torch.cat([x, x]) for x in batch_r[:4])),
-    )
+    once = doco.doco_step(*networks, [(batch_f, batch_r)])
+    batch_f = doco.ForgetBatch(*(torch.cat([x, x]) for x in batch_f))
+    batch_r = doco.RetainBatch(*(torch.cat([x, x]) for x in batch_r[:4]))
+    twice = doco.doco_step(*networks, [(batch_f, batch_r)])
     close(twice.g, once.g, "gradient of M")
     close(twice.g_d, once.g_d, "gradient of D")
 
@@ -488,7 +510,7 @@ def gradients_of_four(rows):
     four = [0, 1, 2, 2]  # the last sample twice
     batch_f = doco.ForgetBatch(*(x[four][rows] for x in batch_f))
     batch_r = doco.RetainBatch(*(x[four][rows] for x in batch_r[:4]))
-    update = doco.doco_step(net, original, disc, params, alpha_bar, batch_f, batch_r)
+    update = doco.doco_step(net, original, disc, params, alpha_bar, [(batch_f, batch_r)])
     return update.g, update.g_d
 
 
@@ -542,6 +564,13 @@ MUTANTS = {
         "batch_r.noise, a_r, b_r)",
         "batch_r.noise, b_r, a_r)",
     ),
+    "micro-batches are summed": ("micro-batches", "value /= len(batches)", "pass"),
+    "the last micro-batch alone": (
+        "micro-batches",
+        "means[name] = means[name].add_(value) if name in means else value",
+        "means[name] = value",
+    ),
+    "the first micro-batch alone": ("micro-batches", "means[name].add_(value)", "means[name]"),
     "the posterior's alpha is that of x_t": (
         "x_{t-20}",
         "alpha = alpha_bar_t / alpha_bar_prev",
@@ -720,8 +749,8 @@ MUTANTS = {
     ),
     "G_r is negative": (
         "paper",
-        "g_r = flat_grad(loss_r, params)",
-        "g_r = -flat_grad(loss_r, params)",
+        'result["g_r"] = flat_grad(loss_r, params)',
+        'result["g_r"] = -flat_grad(loss_r, params)',
     ),
     "x_t is of the retain images": (
         "paper",
@@ -806,13 +835,13 @@ MUTANTS = {
     ),
     "M learns nothing": (
         "no retention",
-        "g_u = flat_grad(loss_u, params)",
-        "g_u = 0 * flat_grad(loss_u, params)",
+        'result["g_u"] = flat_grad(loss_u, params)',
+        'result["g_u"] = 0 * flat_grad(loss_u, params)',
     ),
     "the gradient stays on D, as in the released code": (
         "paper",
-        "g_u = flat_grad(loss_u, params)",
-        "loss_u.backward(retain_graph=True); g_u = flat_grad(loss_u, params)",
+        'result["g_u"] = flat_grad(loss_u, params)',
+        'loss_u.backward(retain_graph=True); result["g_u"] = flat_grad(loss_u, params)',
     ),
     "lambda is not used": (
         "lambda 0.5",
@@ -851,8 +880,8 @@ MUTANTS = {
     "D's half holds a graph of M": ("paper", "disc(view_target.detach())", "disc(view_target)"),
     "D climbs": (
         "warm-up",
-        "g_d = flat_grad(loss_d, disc.parameters())",
-        "g_d = -flat_grad(loss_d, disc.parameters())",
+        'result["g_d"] = flat_grad(loss_d, disc.parameters())',
+        'result["g_d"] = -flat_grad(loss_d, disc.parameters())',
     ),
     "accuracy on the anchor, the wrong way round": (
         "paper",
@@ -865,7 +894,11 @@ MUTANTS = {
         "(logits_target > 0)",
     ),
     "accuracy of the sum": ("paper", "hits / 2", "hits"),
-    "statistics hold the graph": ("paper", "name: value.detach()", "name: value"),
+    "statistics hold the graph": (
+        "paper",
+        '"loss_d": loss_d.detach()',
+        '"loss_d": loss_d',
+    ),
     "G_r is not returned": (
         "paper",
         "return DocoUpdate(g, g_d, g_r, ",

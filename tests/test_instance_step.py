@@ -150,8 +150,8 @@ def close(got, expected, what):
 
 
 def check_step(module, prediction_type, surgery, n_pairs, lam, distilled):
-    """Compares what instance_step returns, in a conflict and without one."""
-    for conflict in (True, False):
+    """Compares what instance_step returns, in a conflict and without one, at once and in parts."""
+    for conflict, micro_batches in ((True, 1), (False, 1), (True, 2)):
         p, expected = find_problem(conflict, prediction_type, n_pairs, lam, distilled)
         g_r, g_f, loss_r, loss_f = expected
         net = copy.deepcopy(p.net)  # the problem is used again
@@ -165,9 +165,9 @@ def check_step(module, prediction_type, surgery, n_pairs, lam, distilled):
             graphs.append(torch.is_grad_enabled())
             return p.original(xt, t)
 
-        how = (prediction_type, surgery, original if distilled else None)
+        how = (prediction_type, surgery, original if distilled else None, micro_batches)
         g, stats = module.instance_step(net, params, *batch, *how)
-        assert graphs == [False] * distilled, "passes of M_init"
+        assert graphs == [False] * distilled * micro_batches, "passes of M_init"
 
         close(g, combine(g_f, g_r, surgery), "g")
         cos = (g_r * g_f).sum() / g_r.norm() / g_f.norm()
@@ -774,6 +774,15 @@ def test_run_of_each_family_by_hand(folders, name):
 # what is broken: (checks that must see it, the line, what becomes of it). Each line stands once in
 # instance_unlearn.py. "step": any of the switches of check_step.
 PURE_MUTANTS = {
+    "micro-batches are summed": ("step", "value /= micro_batches", "pass"),
+    "the last micro-batch alone": (
+        "step",
+        "means[name] = means[name].add_(value) if name in means else value",
+        "means[name] = value",
+    ),
+    "micro-batches of another row's noise": ("step", "at = (noise[rows],", "at = (noise[:size],"),
+    "micro-batches of other images": ("step", "x_r[rows], pairs", "x_r[:size], pairs"),
+    "micro-batches of other surrogates": ("step", "x_s[rows])", "x_s[:size])"),
     "never distilled": ("step", "if predict_original is not None:", "if False:"),
     "M distilled from itself": (
         "step",

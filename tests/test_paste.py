@@ -62,14 +62,14 @@ for step in range(6):
     train_model = step >= 2
     x0, noise, x0_r, noise_r = torch.randn(4, 2, 4, 8, 8)
     t, t_r = torch.randint(1000, (2, 2))
+    batch_f = ForgetBatch(x0, noise, t, anchor, target, None)
     update = doco_step(
         net,
         predict_original,
         disc,
         params,
         alpha_bar,
-        ForgetBatch(x0, noise, t, anchor, target, None),
-        RetainBatch(x0_r, noise_r, t_r, anchor),
+        [(batch_f, RetainBatch(x0_r, noise_r, t_r, anchor))],
         train_model=train_model,
     )
     before = flatten(params)
