@@ -175,7 +175,7 @@ class Backbone:
         pipe.set_progress_bar_config(disable=True)
         self.pipe = pipe
         self.net = getattr(pipe, self.net_name).requires_grad_(False).eval()
-        self.device = torch.device("cpu")
+        self.device, self.bf16 = torch.device("cpu"), False
         self.prediction_type = pipe.scheduler.config.get("prediction_type")
         # (1000,), alpha_t of the papers; None for flow matching
         self.alpha_bar = getattr(pipe.scheduler, "alphas_cumprod", None)
@@ -211,9 +211,17 @@ class Backbone:
         vae = getattr(self.pipe, "vae", None)
         return fingerprint(self.net, vae, self.encoder_fingerprints, self.alpha_bar)
 
-    def to(self, device):
-        """Moves network, VAE and noise schedule to a device; returns self."""
+    def to(self, device, mixed_precision="no"):
+        """Moves network, VAE and noise schedule to a device; returns self.
+
+        mixed_precision "bf16": passes run in bf16, and what is not trained by now is held in bf16,
+        half the memory. What is trained stays in fp32, where a step of 1e-6 is no rounding error.
+        """
         self.device = device
+        self.bf16 = mixed_precision == "bf16"
+        if self.bf16:
+            for p in self.net.parameters():
+                p.data = p.data if p.requires_grad else p.data.bfloat16()
         self.pipe.to(device)
         if self.alpha_bar is not None:
             self.alpha_bar = self.alpha_bar.to(device)
@@ -280,10 +288,9 @@ class Backbone:
     def predict(self, xt, t, condition):
         """The network's prediction at x_t (B, C, h, w), timesteps t (B,) -> (B, C, h, w), fp32.
 
-        condition: of one row, or of B. On a GPU in bf16 (autocast; the weights stay fp32).
+        condition: of one row, or of B. In bf16 where .to() was told so, by autocast.
         """
-        bf16 = self.device.type == "cuda"
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             return self.run_net(xt, t, expand_condition(condition, len(xt))).float()
 
     def run_net(self, xt, t, condition):
@@ -346,7 +353,7 @@ class Backbone:
         for name, argument in self.condition_names.items():
             embeddings[argument] = rows[name]
             embeddings[f"negative_{argument}"] = null[name].expand_as(rows[name])
-        bf16 = self.device.type == "cuda"
+        bf16 = self.bf16 or self.device.type == "cuda"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
             output = self.pipe(
                 **embeddings,

@@ -84,6 +84,12 @@ def add_run_arguments(parser, out_default):
     group = parser.add_argument_group("memory and speed")
     group.add_argument("--compile", action="store_true", help="torch.compile; slow first step")
     group.add_argument(
+        "--mixed-precision",
+        choices=("no", "bf16"),
+        help="bf16: passes, and weights that are not trained (without it: bf16 on a GPU that has "
+        "it, no on a CPU)",
+    )
+    group.add_argument(
         "--gradient-checkpointing",
         action="store_true",
         help="less memory for a second forward pass; the weights are the same",
@@ -149,6 +155,22 @@ def local_slice(batch_size, processes):
     """The rows of a global batch that this process computes."""
     n = batch_size // processes.world
     return slice(processes.rank * n, (processes.rank + 1) * n)
+
+
+def mixed_precision(args, device):
+    """--mixed-precision, or what suits the device: a CPU stays exact, old GPUs emulate bf16."""
+    if args.mixed_precision:
+        return args.mixed_precision
+    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bf16" if has_bf16 else "no"
+
+
+def use_memory_flags(net, args):
+    """Applies --gradient-checkpointing and --compile to a diffusers network."""
+    if args.gradient_checkpointing:
+        net.enable_gradient_checkpointing()
+    if args.compile:
+        net.compile()
 
 
 def check_batch_size(args, processes):

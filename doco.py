@@ -844,6 +844,7 @@ def fill_defaults(args, backbone, processes):
             setattr(args, name, value)
 
     common.check_batch_size(args, processes)
+    args.mixed_precision = common.mixed_precision(args, processes.device)
     if not 0 <= args.warmup_steps <= args.steps or args.steps < 1:
         fail(
             f"--steps {args.steps} --warmup-steps {args.warmup_steps}: "
@@ -935,7 +936,6 @@ def unlearn(args):
     others = read_retain_prompts(args.retain_prompts, args.target, backbone.pipe.tokenizer)
     prompts = ["", *(anchor for anchor, _ in pairs), *(t for _, ts in pairs for t in ts), *others]
     conditions = backbone.encode_prompts(dict.fromkeys(prompts), processes.device)
-    backbone.to(processes.device)
 
     # A run is resumed only with the settings it began with, and the same contents behind them.
     contents = {"--model": backbone.fingerprint(), "--prompts": common.fingerprint(pairs)}
@@ -955,6 +955,9 @@ def unlearn(args):
             f"retain {args.retain}, lambda {args.lam:g}"
         )
 
+    # What is trained keeps its precision; the rest of the network needs no gradient either.
+    trained = backbone.trainable_weights(args.train_method, args.rank, args.seed)
+    backbone.to(processes.device, args.mixed_precision)
     latents = anchor_latents(backbone, conditions, pairs, images, args, contents, run, processes)
     backbone.pipe = None  # the VAE leaves the memory; the network stays
     first = pairs[: len(args.target)]  # each target's first pair
@@ -964,12 +967,7 @@ def unlearn(args):
     for prompt in set(others) - {*retained, *(p for anchor, ts in pairs for p in (anchor, *ts))}:
         del conditions[prompt]
 
-    # What is trained. The rest of the network needs no gradient.
-    trained = backbone.trainable_weights(args.train_method, args.rank, args.seed)
-    if args.gradient_checkpointing:
-        backbone.net.enable_gradient_checkpointing()
-    if args.compile:
-        backbone.net.compile()
+    common.use_memory_flags(backbone.net, args)
     train(backbone, trained, latents, pairs, retained, conditions, args, run, processes)
 
     # Only the trained tensors, under the names by which plain diffusers loads them.

@@ -594,6 +594,7 @@ def fill_defaults(args, backbone, processes):
 
     # The batch is split over the processes, each gets as many images.
     common.check_batch_size(args, processes)
+    args.mixed_precision = common.mixed_precision(args, processes.device)
     if args.steps < 1 or not args.lr > 0:
         fail(f"--steps {args.steps} --lr {args.lr:g}: expected at least one step, a positive rate")
     # lambda must stay in [0, 1] for all t in [0, 1000].
@@ -634,7 +635,6 @@ def unlearn(args):
 
     # Each prompt is encoded once; then the text encoders leave the memory.
     conditions = backbone.encode_prompts(prompts, processes.device)
-    backbone.to(processes.device)
 
     # A run is resumed only with the settings it began with, and the same contents behind them.
     edited = [Path(kind) for kind in args.surrogate if kind not in KINDS]
@@ -649,6 +649,10 @@ def unlearn(args):
         return finish(args, run, processes)
     if processes.rank == 0:
         print(preset_line(args, backbone))
+
+    # What is trained keeps its precision; the rest of the network needs no gradient either.
+    trained = trainable_weights(backbone, args)
+    backbone.to(processes.device, args.mixed_precision)
 
     # x^f, x^r and x^s, as the network sees them.
     timesteps = backbone.timesteps(preset["sampling_steps"])
@@ -676,7 +680,7 @@ def unlearn(args):
 
     if backbone.takes_prompt and generated is not None:
         backbone.pipe.vae = None  # it leaves the memory; files would still need it
-    trained = trainable_weights(backbone, args)
+    common.use_memory_flags(backbone.net, args)
     condition = conditions[args.prompt or ""]
     train(backbone, trained, x_f, x_s, remember_batch, n_remember, condition, args, run, processes)
 
@@ -721,12 +725,7 @@ def trainable_weights(backbone, args):
     """{name: parameter} of what is trained: the whole DDPM, or a LoRA of the attention."""
     # A DDPM has no part that a prompt or its attention could name: the image may be anywhere.
     method = "lora" if backbone.lora_targets else "full"
-    trained = backbone.trainable_weights(method, args.rank, args.seed)
-    if args.gradient_checkpointing:
-        backbone.net.enable_gradient_checkpointing()
-    if args.compile:
-        backbone.net.compile()
-    return trained
+    return backbone.trainable_weights(method, args.rank, args.seed)
 
 
 def save(backbone, run):

@@ -180,6 +180,27 @@ def test_micro_batches_are_the_step_of_the_whole_batch(folders, tmp_path, family
         assert value == pytest.approx(rows[1][name], rel=1e-3, abs=1e-6), name
 
 
+@pytest.mark.parametrize("family", ["sd", *FAMILIES])
+def test_frozen_weights_in_half_precision(folders, tmp_path, monkeypatch, family):
+    """What is trained stays in fp32: after a warm-up alone it is what the folder holds."""
+    nets, train = [], doco.train
+    monkeypatch.setattr(doco, "train", lambda b, *more: (nets.append(b.net), train(b, *more)))
+    flags = ["--train-method", "kv", "--mixed-precision", "bf16"]
+    run = unlearn(folders, family, tmp_path / "warm-up", *flags, "--warmup-steps", "3")
+    for p in nets[0].parameters():
+        assert p.dtype == (torch.float32 if p.requires_grad else torch.bfloat16)
+    original = getattr(plain(folders[family], family), "unet", None)
+    original = original or plain(folders[family], family).transformer
+    delta, weights = load_file(run / "delta.safetensors"), original.state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in delta.items())
+    exact = unlearn(folders, family, tmp_path / "exact", *flags[:2], "--lr", "1e-3")
+    mixed = unlearn(folders, family, tmp_path / "mixed", *flags, "--lr", "1e-3")
+    rows = [json.loads((r / "log.jsonl").read_text().splitlines()[-1]) for r in (exact, mixed)]
+    for name in ("loss_d", "loss_u", "loss_r"):
+        assert rows[0][name] != rows[1][name]
+        assert rows[0][name] == pytest.approx(rows[1][name], rel=0.1)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_two_processes_equal_one(folders, tmp_path, family):
