@@ -185,7 +185,7 @@ def test_without_flags_the_preset_holds(small, net_name):
     args, images = filled(small=small, net_name=net_name)
     preset = doco.SMALL if small else doco.PAPER
     if net_name == "transformer":
-        preset = preset | (doco.SMALL_LORA if small else doco.PAPER_LORA)
+        preset = preset | doco.LORA_PRESET
     assert {name: getattr(args, name) for name in preset} == preset
     assert args.train_method == ("lora" if net_name == "transformer" else "kv")
     n = (doco.SMALL_IMAGES if small else doco.PAPER_IMAGES)["num_images"]
@@ -200,7 +200,7 @@ def test_a_method_that_is_given_is_kept_and_brings_its_rate():
     args, _ = filled("--train-method", "xattn", net_name="transformer")
     assert (args.train_method, args.lr) == ("xattn", doco.SMALL["lr"])
     args, _ = filled("--train-method", "lora")
-    assert (args.train_method, args.lr) == ("lora", doco.SMALL_LORA["lr"])
+    assert (args.train_method, args.lr) == ("lora", doco.LORA_PRESET["lr"])
 
 
 def test_flags_replace_the_preset_and_the_warm_up_keeps_its_part():
