@@ -751,8 +751,8 @@ PAPER_IMAGES = {"num_images": 1000}
 # were chosen on the grumpy cat (for styles, on twemoji).
 SMALL = {"steps": 250, "warmup_steps": 50, "batch_size": 8, "lr": 1.5e-4, "disc_lr": 2e-4}
 SMALL_IMAGES = {"num_images": 64}
-# A LoRA, which transformers get, has a rate of its own: that of diffusers' examples, and the best of
-# three on emoji/sd3 and the enraged face. Neither paper nor released code has one.
+# A LoRA, which transformers get, has a rate of its own: that of diffusers' examples, also the best
+# of those tried on emoji/sd3 and the enraged face. Neither paper nor released code has one.
 LORA_PRESET = {"lr": 1e-4}
 
 RESULTS = (DELTA, LORA)  # what a finished run holds: the trained weights, or a LoRA
