@@ -34,7 +34,7 @@ Run it (the first line needs nothing but this repository; it uses the small mode
 
     torchrun doco.py --target "Grumpy Cat" --anchor Cat
     torchrun doco.py --target twemoji --anchor emoji --concept-type style
-    torchrun doco.py --model emoji/sd3 --target "Grumpy Cat" --anchor Cat
+    torchrun doco.py --model emoji/sd3 --target "enraged face" --anchor face
     torchrun --nproc-per-node 2 doco.py --model CompVis/stable-diffusion-v1-4 \\
         --target Snoopy --anchor Dog
 

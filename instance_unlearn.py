@@ -23,7 +23,7 @@ another.
     sqrt(a_t),             a, b                      lambda(t), beta           lam_t, beta
       sqrt(1 - a_t)                                  g_f, g_r, g               g_f, g_r, g
 
-Flow matching (Stable Diffusion 3) is the same idea: x_t = (1 - s) x_0 + s eps, s = t / 1000, and M
+Flow matching (Stable Diffusion 3, FLUX) is the same idea: x_t = (1 - s) x_0 + s eps, s = t / 1000, and M
 predicts the velocity eps - x_0. Keep x_t^f; the noise that leads to it from the surrogate is
 eps' = (x_t^f - (1 - s) x^s) / s, Eq. 10 with other coefficients. Its velocity eps' - x^s equals
 (x_t^f - x^s) / s: a model that follows it for the time s arrives at the surrogate.
@@ -507,7 +507,7 @@ def parse_args(argv=None):
     add("--num-remember", type=int, default=100, help="how many to generate")
 
     add = parser.add_argument_group("model").add_argument
-    add("--model", default=str(EMOJI_DDPM), help="DDPM, Stable Diffusion 1.x, 2.x or 3")
+    add("--model", default=str(EMOJI_DDPM), help="DDPM, Stable Diffusion or FLUX.1")
     add("--resolution", type=int, help="side of an image in pixels (without it: the model's own)")
     add("--rank", type=int, default=16, help="rank of the LoRA; a DDPM is trained whole")
 
