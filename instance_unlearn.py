@@ -23,8 +23,8 @@ another.
     sqrt(a_t),             a, b                      lambda(t), beta           lam_t, beta
       sqrt(1 - a_t)                                  g_f, g_r, g               g_f, g_r, g
 
-Flow matching (Stable Diffusion 3, FLUX) is the same idea: x_t = (1 - s) x_0 + s eps, s = t / 1000, and M
-predicts the velocity eps - x_0. Keep x_t^f; the noise that leads to it from the surrogate is
+Flow matching (Stable Diffusion 3, FLUX) is the same idea: x_t = (1 - s) x_0 + s eps, s = t / 1000,
+and M predicts the velocity eps - x_0. Keep x_t^f; the noise that leads to it from the surrogate is
 eps' = (x_t^f - (1 - s) x^s) / s, Eq. 10 with other coefficients. Its velocity eps' - x^s equals
 (x_t^f - x^s) / s: a model that follows it for the time s arrives at the surrogate.
 
