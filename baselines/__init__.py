@@ -211,13 +211,15 @@ def remember_folder(args):
 # ---- 3. model -----------------------------------------------------------------------------------
 
 
-def load_text_to_image(args, prompts, device=None):
-    """The StableDiffusion of --model, and {prompt: text embedding (77, D)} with the empty prompt.
+def load_text_to_image(args, prompts, device=None, families=(StableDiffusion,)):
+    """The model of --model, and {prompt: text embedding (77, D)} with the empty prompt.
+
+    families: those of backbones.py whose equations the method has.
 
     The text encoder leaves the memory once it has encoded the prompts.
     """
     device = device or pick_device()
-    model = load_backbone(args.model, (StableDiffusion,))
+    model = load_backbone(args.model, families)
     conditions = model.encode_prompts(dict.fromkeys(["", *prompts]), device)
     emb = {prompt: c["encoder_hidden_states"][0] for prompt, c in conditions.items()}
     return model.to(device), emb

@@ -14,8 +14,9 @@ As in the paper's code: e is the bare name; of e and g, all vectors from the las
 padding included, aligned at their last words; of p all 77; the empty prompt is always preserved; b
 is 1 over the number of prompts to preserve, at least 0.1. --templates erases the name in the
 sentences of doco.py too; --last-word is the released code of today, one vector per prompt. Both
-invert in float32, here float64 solves. Their guide for an object is a blank or empty prompt; here
-it is the anchor, which is also preserved.
+invert in float32, here float64 solves. Of Stable Diffusion XL, k holds the vectors of both text
+encoders, and the pooled embedding stays as it is. Their guide for an object is a blank or empty
+prompt; here it is the anchor, which is also preserved.
 
     python -m baselines.uce --target "Grumpy Cat" --anchor Cat
     python -m baselines.uce --model CompVis/stable-diffusion-v1-4 \\
@@ -26,7 +27,7 @@ from pathlib import Path
 
 import torch
 
-from backbones import TRAINABLE
+from backbones import TRAINABLE, StableDiffusion, StableDiffusionXL
 from baselines import (
     concept_parser,
     concept_prompts,
@@ -136,7 +137,9 @@ def unlearn(args):
     out = open_run_folder(args)
     prompts = [*preserved, *target_prompts(pairs)]
     device = pick_device(mps=False)
-    model, emb = load_text_to_image(args, prompts, device)
+    # Of both, K and V see the prompt's embeddings alone, and nothing else of the prompt changes.
+    families = (StableDiffusion, StableDiffusionXL)
+    model, emb = load_text_to_image(args, prompts, device, families)
     args = with_preset(args, model, PAPER, SMALL)
     if args.preserve_scale is None:
         args.preserve_scale = max(0.1, 1 / len(preserved))

@@ -16,6 +16,7 @@ import common
 import doco
 import eval as evaluation
 import instance_unlearn
+from baselines import uce
 
 FAMILIES = ("sdxl", "sd3", "flux")
 CAT = ["--target", "Grumpy Cat", "--anchor", "Cat"]
@@ -107,6 +108,24 @@ def test_an_earlier_lora_is_where_a_run_begins(folders, tmp_path, family):
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
     with pytest.raises(SystemExit, match="not trained here; repeat its --model, --train-method"):
         unlearn(folders, family, tmp_path / "third", "--train-method", "kv", "--init", first)
+
+
+def test_uce_edits_the_keys_and_values_of_xl(folders, tmp_path):
+    """With next to no regularization, K and V of the target are the anchor's; no other changes."""
+    argv = ["--model", folders["sdxl"], *CAT, "--lamb", "1e-6", "--out", tmp_path / "run"]
+    run = uce.unlearn(uce.parse_args(list(map(str, argv))))
+    delta, pipe = load_file(run / "delta.safetensors"), plain(folders["sdxl"], "sdxl")
+    rows = {}
+    for prompt in ("Grumpy Cat", "Cat"):
+        embeddings = pipe.encode_prompt(prompt, None, "cpu", 1, False)[0][0]  # (77, 32)
+        length = len(pipe.tokenizer(prompt).input_ids)
+        rows[prompt] = embeddings[length - 2].detach()  # of the last word, "cat"
+    assert delta and all(name.split(".")[-2] in ("to_k", "to_v") for name in delta)
+    for name, weight in delta.items():
+        original = pipe.unet.get_parameter(name)
+        before = (original @ (rows["Grumpy Cat"] - rows["Cat"])).norm()
+        after = (weight @ rows["Grumpy Cat"] - original @ rows["Cat"]).norm()
+        assert after < 0.2 * before, name
 
 
 @pytest.mark.parametrize("family", FAMILIES)
