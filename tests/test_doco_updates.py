@@ -634,15 +634,19 @@ MUTANTS = {
     ),
     "the images of retention are those of D": (
         "paper",
-        "RetainBatch(latents[idx_r], noise_r",
-        "RetainBatch(latents[idx], noise_r",
+        "RetainBatch(latents[idx_r[part]], *retain)",
+        "RetainBatch(latents[idx[part]], *retain)",
     ),
-    "their noise is that of D": ("paper", "latents[idx_r], noise_r", "latents[idx_r], noise"),
-    "their noise level is that of D": ("paper", "noise_r, t_r, stack", "noise_r, t, stack"),
+    "their noise is that of D": ("paper", "retain = (noise_r[part],", "retain = (noise[part],"),
+    "their noise level is that of D": (
+        "paper",
+        "noise_r[part], t_r[part]",
+        "noise_r[part], t[part]",
+    ),
     "their prompts are those of D": (
         "paper",
-        "stack_conditions(others), both)",
-        "anchor, both)",
+        "t_r[part], other, both)",
+        "t_r[part], anchor, both)",
     ),
     "names of the target are retained": (
         "distill, prompts",
@@ -692,8 +696,8 @@ MUTANTS = {
     ),
     "M_init gets the anchor twice": (
         "distill, prompts",
-        "stack_conditions([*anchors, *others])",
-        "stack_conditions([*anchors, *anchors])",
+        "stack_conditions([*anchors[part], *others[part]])",
+        "stack_conditions([*anchors[part], *anchors[part]])",
     ),
     "the weight is not used": (
         "distill, prompts",
@@ -747,18 +751,18 @@ MUTANTS = {
     ),
     "the anchor's prompt is the target's": (
         "paper",
-        "noise, t, anchor, target, posterior_noise)",
-        "noise, t, target, target, posterior_noise)",
+        "t[part], anchor, target, posterior_noise[part])",
+        "t[part], target, target, posterior_noise[part])",
     ),
     "anchor and target change places": (
         "paper",
-        "noise, t, anchor, target, posterior_noise)",
-        "noise, t, target, anchor, posterior_noise)",
+        "t[part], anchor, target, posterior_noise[part])",
+        "t[part], target, anchor, posterior_noise[part])",
     ),
     "the posterior's noise is that of x_t": (
         "x_{t-20}",
-        "noise, t, anchor, target, posterior_noise)",
-        "noise, t, anchor, target, noise)",
+        "t[part], anchor, target, posterior_noise[part])",
+        "t[part], anchor, target, noise[part])",
     ),
     "only the first prompt of a style": (
         "style",
@@ -795,21 +799,30 @@ MUTANTS = {
     # M_init, D and the flags
     "M_init is M": (
         "paper",
-        "        swap_weights(params, originals)\n        eps = backbone.predict",
-        "        eps = backbone.predict",
+        "        swap_weights(params, originals)\n        prediction = backbone.predict",
+        "        prediction = backbone.predict",
     ),
     "M_init stays in M": (
         "paper",
-        "        swap_weights(params, originals)\n        return eps",
-        "        return eps",
+        "        swap_weights(params, originals)\n        return prediction",
+        "        return prediction",
     ),
     "M_init is the earlier run's": (
         "init",
-        "load_init(args.init, trained)  #",
-        "load_init(args.init, trained); originals = [p.detach().clone() for p in params]  #",
+        "load_init(args.init, trained, backbone)  #",
+        "load_init(args.init, trained, backbone); originals = [p.clone().detach() for p in params]"
+        "  #",
     ),
-    "--init is not loaded": ("init", "        load_init(args.init, trained)  #", "        pass  #"),
-    "other weights are trained": ("paper", r'"kv": r"attn2\.to_[kv]\."', r'"kv": r"attn2\."'),
+    "--init is not loaded": (
+        "init",
+        "        load_init(args.init, trained, backbone)  #",
+        "        pass  #",
+    ),
+    "other weights are trained": (
+        "paper",
+        "backbone.trainable_weights(args.train_method,",
+        'backbone.trainable_weights("xattn",',
+    ),
     "D begins with another seed": ("paper", "torch.manual_seed(args.seed)", "torch.manual_seed(0)"),
     "lambda is not used": ("lambda 0.5", "lam=args.lam", "lam=1.0"),
     "--disc-input is not used": ("x_{t-20}", "disc_input=args.disc_input", 'disc_input="x0"'),
@@ -858,9 +871,8 @@ MUTANTS = {
     "the cosine is not logged": ("paper", '{"cos_step": cos_step}', "{}"),
     "the original weights are saved": (
         "paper",
-        'common.atomic_save(run.out / "delta.safetensors", trained,',
-        'common.atomic_save(run.out / "delta.safetensors", '
-        "{n: p + 1e-3 for n, p in trained.items()},",
+        "tensors = backbone.lora_state() if is_lora else trained",
+        "tensors = {n: p + 1e-3 for n, p in trained.items()}",
     ),
 }
 LOG_MUTANTS = {
