@@ -186,6 +186,8 @@ class Backbone:
         self.small = self.sample_size < 32
         # How images are generated: steps of the sampler, classifier-free guidance
         self.sampling_steps, self.guidance = 15 if self.small else 25, 6.0
+        # Guidance of sample(), by DDIM or Euler, for instance_unlearn.py; its paper gives none
+        self.sample_guidance = 4.0 if self.small else 7.0
         self.encoder_fingerprints = []
 
     @property
@@ -424,7 +426,7 @@ class StableDiffusionXL(StableDiffusion):
 
     def __init__(self, pipe):
         super().__init__(pipe)
-        self.guidance = 5.0
+        self.guidance = self.sample_guidance = 5.0
 
     def embed(self, texts, device):
         """Tokens of both encoders side by side (n, 77, D), and the second's pooled (n, P).
@@ -514,6 +516,7 @@ class Flux(FlowMatching):
         super().__init__(pipe)
         guided = self.net.config.guidance_embeds
         self.sampling_steps, self.guidance = (28, 3.5) if guided else (4, 0.0)
+        self.sample_guidance = self.guidance
 
     @property
     def resolution_unit(self):

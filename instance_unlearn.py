@@ -639,7 +639,7 @@ def unlearn(args):
     # A run is resumed only with the settings it began with, and the same contents behind them.
     edited = [Path(kind) for kind in args.surrogate if kind not in KINDS]
     contents = {
-        "--model": common.fingerprint(backbone.fingerprint(), preset, backbone.guidance),
+        "--model": common.fingerprint(backbone.fingerprint(), preset, backbone.sample_guidance),
         "--forget": common.fingerprint(*args.forget),
         "--surrogate": common.fingerprint(*(f for f in edited if f.is_file())),
         "--remember": common.fingerprint_files(files),
@@ -660,7 +660,7 @@ def unlearn(args):
 
     def sample(x, timesteps, condition):
         """Samples of the original model from x (B, C, h, w), as noisy as timesteps[0]."""
-        return backbone.sample(x, timesteps, condition, null_condition, backbone.guidance)
+        return backbone.sample(x, timesteps, condition, null_condition, backbone.sample_guidance)
 
     x_f = backbone.encode(pixels_f)  # (K, C, h, w)
     if files:

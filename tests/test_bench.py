@@ -24,13 +24,17 @@ def run_bench(*flags):
 @pytest.mark.slow
 def test_sizes_are_the_published_ones():
     """The numbers of weights, on the meta device: shapes without memory."""
+    # A scheduler of XL and T5 of FLUX compute tables when they are made: not on the meta device
+    archs = set(bench.ARCHS) - {"sdxl", "flux-dev-reduced"}
     with torch.device("meta"):
-        sd, sd3, ddpm = (bench.assemble(arch) for arch in bench.ARCHS)
+        models = {arch: bench.assemble(arch) for arch in archs}
+    sd, sd3, ddpm = (models[name] for name in ("sd-v1-4", "sd3-medium", "ddpm-celebahq-256"))
     assert bench.count(sd.unet.parameters()) == 859_520_964
     assert bench.count(sd.vae.parameters()) == 83_653_863
     assert bench.count(sd.text_encoder.parameters()) == 123_060_480
     assert bench.count(ddpm.unet.parameters()) == 113_673_219
     assert 2.02e9 < bench.count(sd3.transformer.parameters()) < 2.04e9
+    assert 2.2e9 < bench.count(models["sd3.5-medium"].transformer.parameters()) < 2.6e9
     assert sd.safety_checker is not None and sd.feature_extractor is not None
 
 

@@ -481,7 +481,8 @@ os.chdir(os.path.join({str(script.folder)!r}, f'machine-{{rank}}'))
 def generate(*args, **kwargs):
     sys.exit('generated again')
 if m.__name__ == 'doco':
-    m.StableDiffusion.generate_latents = generate
+    import backbones
+    backbones.Backbone.generate_latents = generate
 else:
     m.generate_samples = generate
 """
