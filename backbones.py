@@ -90,13 +90,13 @@ def predict_x0(prediction_type, prediction, xt, a, b):
 
 
 def sample_timesteps(n, generator, shift=None, stratified=False):
-    """n timesteps (n,): independent, as in Algorithm 1, or one from each of n equal quantiles.
+    """n timesteps (n,): independent, or stratified, one from each of n equal quantiles.
 
     Stratified timesteps have the same distribution, but a mean over the batch varies less. With
     shift None: uniform on 0 .. 999. For flow matching, shift is the scheduler's: logit-normal times
-    shifted towards noise, as Stable Diffusion 3 was trained (Esser et al. 2024), in [1, 1000]. The
-    velocity towards the surrogate grows as 1 / s; with uniform times, one sample near s = 0 would
-    outweigh all others.
+    shifted towards noise, as Stable Diffusion 3 was trained (Esser et al. 2024), in [1, 1000]. In
+    instance unlearning the velocity towards the surrogate grows as 1 / s; with uniform times, one
+    sample near s = 0 would outweigh all others.
     """
     u = torch.rand(n, generator=generator)  # (n,), uniform on [0, 1): a quantile of each sample
     if stratified:
@@ -486,7 +486,7 @@ class StableDiffusion3(FlowMatching):
 
     def __init__(self, pipe):
         super().__init__(pipe)
-        self.sampling_steps, self.guidance = 25, 4.0 if self.small else 7.0
+        self.sampling_steps, self.guidance = 25, self.sample_guidance
         self.has_t5 = pipe.text_encoder_3 is not None
 
     @property
@@ -506,7 +506,9 @@ class Flux(FlowMatching):
     """FluxPipeline: FLUX.1 dev and schnell.
 
     Guidance is distilled into the network. dev takes its scale as an input, of which a training
-    step sees 1, no guidance: the velocity that Eq. 9 is about. schnell has no guidance at all.
+    step sees 1, no guidance: the velocity that Eq. 9 is about. schnell has no guidance at all. How
+    they were trained is not published: timesteps are those of Stable Diffusion 3, with the shift of
+    FLUX's own sampler.
     """
 
     pipeline_class = FluxPipeline

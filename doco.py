@@ -478,7 +478,7 @@ def sample_batches(step, latents, pairs, retained, conditions, backbone, args, p
     # Two independent batches: what D sees, and what is to be retained. In the released code the
     # second is the first one's images with other noise.
     idx, idx_r = torch.randint(len(latents), (2, n), generator=g)[:, rows].tolist()  # [B] each
-    # Timesteps as the model was trained: uniform, or for flow matching shifted towards noise.
+    # Timesteps as a model of this kind is trained: uniform; flow matching: shifted towards noise.
     if backbone.shift is None:
         times = torch.randint(len(backbone.alpha_bar), (2, n), generator=g)
     else:

@@ -45,9 +45,10 @@ ArcFace network embeds them, and the fraction of images without a face.
 
 Sampling (every metric depends on it, FID most). DDPM: DDIM without noise, 25 steps. Stable
 Diffusion 1.x and 2.x: DPM-Solver++, 25 steps (15 if latents are below 32x32), guidance 6, or each
-row's own for nudity; with bfloat16 autocast, also on a CPU. Stable Diffusion 3: Euler, 25 steps,
-guidance 7 (4 if latents are below 32x32). DDPM, Stable Diffusion 3 and all probes are computed in
-float32. The report names the sampler, the steps, the guidance and the resolution.
+row's own for nudity; XL the same with guidance 5; with bfloat16 autocast, also on a CPU. Stable
+Diffusion 3: Euler, 25 steps, guidance 7 (4 if latents are below 32x32). FLUX.1: dev 28 steps,
+guidance 3.5; schnell 4, none. DDPM, the last two and all probes are computed in float32. The
+report names the sampler, the steps, the guidance and the resolution.
 
 Seeds (concept, instance, faces). All prompts share the same n seeds, and so their initial noise
 (common random numbers): differences between prompts and between models are less noisy, but images
