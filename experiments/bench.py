@@ -266,7 +266,7 @@ def sdxl(tokenizer, safety):
 def flux_dev_reduced(tokenizer, safety):
     """black-forest-labs/FLUX.1-dev with 2 of 19 double blocks, 4 of 38 single ones.
 
-    1.4 of 12 billion weights, latents of 128x128; T5 has one of its 24 layers. Every other
+    1.3 of 12 billion weights, latents of 128x128; T5 has one of its 24 layers. Every other
     dimension is the real one. T5's tokenizer spells, as its vocabulary is on the hub alone.
     """
     transformer = FluxTransformer2DModel(num_layers=2, num_single_layers=4, guidance_embeds=True)

@@ -499,3 +499,19 @@ def test_images_of_a_folder_are_listed_in_order(tmp_path):
     names = [str(f.relative_to(tmp_path)) for f in common.list_images(tmp_path)]
     assert names == ["a.png", "b/1.JPG", "c.webp", "e.jpeg"]
     assert common.list_images(tmp_path / "none") == []
+
+
+@pytest.mark.parametrize(
+    ("flag", "device", "has_bf16", "expected"),
+    [
+        (None, "cpu", True, "no"),
+        (None, "cuda", True, "bf16"),
+        (None, "cuda", False, "no"),
+        ("bf16", "cpu", False, "bf16"),
+        ("no", "cuda", True, "no"),
+    ],
+)
+def test_precision_suits_the_device(monkeypatch, flag, device, has_bf16, expected):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bf16)
+    args = SimpleNamespace(mixed_precision=flag)
+    assert common.mixed_precision(args, torch.device(device)) == expected
