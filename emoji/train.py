@@ -2,7 +2,7 @@
 
 Latent diffusion (Rombach et al. 2022) in miniature, part by part, in the classes of Stable
 Diffusion v1.4. Then the two models that the paper on instances unlearns from: a DDPM (Ho et al.
-2020) and Stable Diffusion 3 (Esser et al. 2024).
+2020) and Stable Diffusion 3 (Esser et al. 2024). And Stable Diffusion XL (Podell et al. 2023).
 
     1. images          237 open emoji in three styles, with names, synonyms and keywords
     2. tokenizer       CLIPTokenizer: a byte-pair encoding of 2,048 tokens
@@ -13,13 +13,14 @@ Diffusion v1.4. Then the two models that the paper on instances unlearns from: a
     5. UNet            UNet2DConditionModel: predicts the noise in a latent, given a caption
     6. DDPM            UNet2DModel: generates 32x32 pixels, faces and animals, without a prompt
     7. transformer     SD3Transformer2DModel: predicts the velocity of a latent, given a caption
-    8. copy detector   CLIPVisionModelWithProjection: are two images copies of one?
-    9. report          does the scoring CLIP recognise what the prompts ask for?
+    8. XL's UNet       UNet2DConditionModel, with the two text encoders that part 7 has trained
+    9. copy detector   CLIPVisionModelWithProjection: are two images copies of one?
+   10. report          does the scoring CLIP recognise what the prompts ask for?
 
-Run (about five hours on two cores; an interrupted run is continued by the same command):
+Run (about six hours on two cores; an interrupted run is continued by the same command):
 
     python emoji/train.py                 # fetches the images with npm unless emoji/images/ exists
-    python emoji/train.py --report-only   # part 9 alone: scores the models, writes contact sheets
+    python emoji/train.py --report-only   # part 10 alone: scores the models, writes contact sheets
 
 A trial that leaves the embedded models alone (a copy of emoji/images/ saves the download):
 
@@ -56,14 +57,17 @@ from diffusers import (
     DDPMPipeline,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     PNDMScheduler,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
     UNet2DConditionModel,
     UNet2DModel,
 )
+from diffusers.models.attention_processor import AttnProcessor
 from PIL import Image, ImageDraw
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -102,6 +106,7 @@ CYCLES = {
     "unet": (6000, 11000),
     "ddpm": (5000,),
     "sd3": (10000,),
+    "sdxl": (3500, 7000),
     "copy": (1000,),
 }
 
@@ -919,7 +924,7 @@ def make_sd_scheduler():
 
 
 def pick_latents(k, n_copies, weights, rng):
-    """32 triples (name, style, copy) for a step of cycle k of the UNet.
+    """32 triples (name, style, copy) for a step of cycle k of a UNet.
 
     weights: of the names, in cycle 1. The triples are sampled in either cycle, so that the styles
     of a step do not depend on the cycle.
@@ -1245,7 +1250,137 @@ def save_sd3(folder, model, vae, tokenizer):
     load_in_float(folder)
 
 
-# ---- 8. copy detector ---------------------------------------------------------------------------
+# ---- 8. XL's UNet -------------------------------------------------------------------------------
+
+
+def make_sdxl_unet():
+    """Stable Diffusion XL's UNet for 16x16 latents, with random weights.
+
+    What is XL about it: most transformer layers are where the image is smallest; a caption's rows
+    are those of two text encoders side by side, 96 + 64 numbers; and with the timestep, the
+    network is told the second encoder's pooled vector (64) and six sizes, of 8 numbers each.
+    """
+    return UNet2DConditionModel(
+        sample_size=16,
+        in_channels=4,
+        out_channels=4,
+        layers_per_block=1,
+        block_out_channels=(64, 64, 64),
+        norm_num_groups=16,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 1, 2),
+        attention_head_dim=4,  # diffusers takes it as the number of heads
+        use_linear_projection=True,
+        cross_attention_dim=96 + 64,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=64 + 6 * 8,
+    )
+
+
+def make_sdxl_scheduler():
+    """The noise schedule and sampler in the folder of Stable Diffusion XL."""
+    scheduler = EulerDiscreteScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        timestep_spacing="leading",
+        steps_offset=1,
+    )
+    # As in make_sd_scheduler: a sampler made from this config must not clip latents.
+    scheduler.register_to_config(clip_sample=False)
+    return scheduler
+
+
+def encode_xl(model, texts, tokenizer, device):
+    """Texts -> caption rows (B, 32, D) of both encoders, and the second's pooled vectors (B, P).
+
+    As StableDiffusionXLPipeline does. Its empty caption is zeros instead of what the encoders say
+    (force_zeros_for_empty_prompt). model: {"text_encoder", "text_encoder_2"}.
+    """
+    ids = tokenize(tokenizer, texts, device)
+    # The last layer but one: the last has learned to serve the pooled vector.
+    a = model["text_encoder"](ids, output_hidden_states=True).hidden_states[-2]
+    b = model["text_encoder_2"](ids, output_hidden_states=True)
+    rows = torch.cat([a, b.hidden_states[-2]], -1)
+    keep = torch.tensor([float(bool(text)) for text in texts], device=device)[:, None]
+    return rows * keep[:, None], b.text_embeds * keep
+
+
+def train_sdxl(args, data, latents, vae, tokenizer):
+    """Denoising diffusion with the conditions of XL (Podell et al. 2023). Saves OUT/sdxl.
+
+    As part 5. XL takes two text encoders that were trained before; here they are OUT/sd3's.
+    """
+    torch.manual_seed(args.seed)
+    unet = make_sdxl_unet()
+    # The same attention, written out: for so few tokens, the backward pass of PyTorch's fused one
+    # is slow on a CPU, and takes a third of a step.
+    unet.set_attn_processor(AttnProcessor())
+    sd3 = args.out / "sd3"
+    first = CLIPTextModel.from_pretrained(sd3, subfolder="text_encoder")
+    second = CLIPTextModelWithProjection.from_pretrained(sd3, subfolder="text_encoder_2")
+    model = {"unet": unet, "text_encoder": first, "text_encoder_2": second}
+    model = torch.nn.ModuleDict(model).to(args.device)
+    # XL freezes its encoders. These are small, and follow the UNet at a tenth of its rate.
+    optimizer = adamw((unet, 1e-3), (first, 1e-4), (second, 1e-4))
+    ema = moving_average(model, 0.999)
+    checkpoint = args.work / "sdxl.safetensors"
+    start = load_checkpoint(checkpoint, optimizer, model=model, ema=ema)
+    steps = cycle(args, "sdxl")[-1]
+    alpha_bar = make_sdxl_scheduler().alphas_cumprod.to(args.device)  # (1000,)
+    # Height and width before and after cropping, between them the crop's corner. XL's images were
+    # cropped and scaled; these are neither, so that the six numbers are always the same.
+    sizes = torch.tensor([SIZE, SIZE, 0, 0, SIZE, SIZE], device=args.device)
+    sizes = sizes.expand(32, 6)
+    weights = [1 + bool(e["nicknames"]) + ("cat" in e["groups"]) for e in data["emoji"]]
+    bar = progress_bar("sdxl", start, steps)
+    for step in bar:
+        k, since, length, _ = cycle(args, "sdxl", step)
+        rng, g = generators(args.seed, "sdxl", step)
+        picks = pick_latents(k, 1, weights, rng)
+        z = torch.stack([latents[p] for p in picks])  # (B, 4, 16, 16)
+        texts = captions(picks, data, rng, other=(0.4, 0.5)[k])
+        texts = drop_captions(texts, rng)
+        noise = torch.randn(z.shape, generator=g).to(z.device)
+        t = torch.randint(0, 1000, (len(z),), generator=g).to(z.device)  # (B,)
+        zt = add_noise(z, noise, alpha_bar[t])
+        with bf16(args.device):
+            rows, pooled = encode_xl(model, texts, tokenizer, args.device)
+            added = {"text_embeds": pooled, "time_ids": sizes}
+            eps = unet(zt, t, rows, added_cond_kwargs=added).sample
+        loss = min_snr_loss(eps, noise, alpha_bar[t])
+        cosine_lr(optimizer, since, length, peak=(1, 0.7)[k])
+        optimize(loss, optimizer)
+        ema.update_parameters(model)
+        if step % 50 == 0:
+            bar.set_postfix(loss=f"{loss.item():.4f}")
+        if is_due(step, steps, 500):
+            save_checkpoint(checkpoint, step + 1, optimizer, model=model, ema=ema)
+            save_sdxl(args.work / "sdxl", ema.module, vae, tokenizer)  # to look at
+    save_sdxl(args.out / "sdxl", ema.module, vae, tokenizer)
+
+
+def save_sdxl(folder, model, vae, tokenizer):
+    """Writes a StableDiffusionXLPipeline in half precision. model: see train_sdxl."""
+    vae = half(vae)
+    vae.register_to_config(_name_or_path="")
+    pipe = StableDiffusionXLPipeline(
+        unet=half(model["unet"]),
+        scheduler=make_sdxl_scheduler(),
+        vae=vae,
+        text_encoder=half(model["text_encoder"]),
+        tokenizer=tokenizer,
+        text_encoder_2=half(model["text_encoder_2"]),
+        tokenizer_2=tokenizer,
+        force_zeros_for_empty_prompt=True,
+    )
+    pipe.save_pretrained(folder)
+    load_in_float(folder)
+
+
+# ---- 9. copy detector ---------------------------------------------------------------------------
 
 
 def make_copy_detector():
@@ -1344,7 +1479,7 @@ def train_copy_detector(args, data, images):
     image_processor().save_pretrained(args.out / "copy")
 
 
-# ---- 9. report ----------------------------------------------------------------------------------
+# ---- 10. report ---------------------------------------------------------------------------------
 
 
 def fraction(hits):
@@ -1524,7 +1659,7 @@ def report_ddpm(args, x0, n=60):
 
 
 def train(args, data, images):
-    """Parts 2 to 8. A part that is finished is loaded from its checkpoint in --work."""
+    """Parts 2 to 9. A part that is finished is loaded from its checkpoint in --work."""
     folder = args.work / "tokenizer"
     if not folder.exists():
         train_tokenizer(data, args.seed).save_pretrained(f"{folder}.tmp")
@@ -1542,6 +1677,7 @@ def train(args, data, images):
     # 32 tokens are enough for every caption here, and cost less than 77 in joint attention.
     short_tokenizer = CLIPTokenizer.from_pretrained(folder, model_max_length=32)
     train_sd3(args, data, latents, vae, short_tokenizer)
+    train_sdxl(args, data, latents, vae, short_tokenizer)
     train_copy_detector(args, data, images)
 
 
@@ -1558,11 +1694,13 @@ def main(args):
     sd = StableDiffusionPipeline.from_pretrained(args.out / "sd", dtype=fp32)
     sd.scheduler = DPMSolverMultistepScheduler.from_config(sd.scheduler.config)
     sd3 = StableDiffusion3Pipeline.from_pretrained(args.out / "sd3", dtype=fp32, **NO_T5)
+    sdxl = StableDiffusionXLPipeline.from_pretrained(args.out / "sdxl", dtype=fp32)
     # Written again: --report-only has not trained, and the files are always the same.
     x0 = write_creatures(args.out / "creatures", data, images)
     result = {
         "sd": report(args, data, images, sd.to(args.device), "sd", 600),
         "sd3": report(args, data, images, sd3.to(args.device), "sd3", 300),
+        "sdxl": report(args, data, images, sdxl.to(args.device), "sdxl", 300),
         "ddpm": report_ddpm(args, x0),
     }
     print(json.dumps(result))
