@@ -34,7 +34,12 @@ import torch.distributed as dist
 from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import distribute_tensor
 from tqdm import tqdm
+
+from gradsurgery import is_sharded, whole
 
 try:
     import fcntl
@@ -99,6 +104,12 @@ def add_run_arguments(parser, out_default):
         type=int,
         default=1,
         help="the batch in so many parts, one after another: less memory, the same step",
+    )
+    group.add_argument(
+        "--shard",
+        action="store_true",
+        help="each process holds a part of the weights and of the optimizer (FSDP2): for models "
+        "whose training does not fit one card; the step is the same",
     )
     group = parser.add_argument_group("run")
     group.add_argument("--seed", type=int, default=0, help="of every random draw")
@@ -165,16 +176,41 @@ def mixed_precision(args, device):
     return "bf16" if has_bf16 else "no"
 
 
-def use_memory_flags(net, args):
-    """Applies --gradient-checkpointing and --compile to a diffusers network."""
+def use_memory_flags(net, args, processes):
+    """Applies --gradient-checkpointing, --shard and --compile to a diffusers network.
+
+    Returns its trained weights, {name: parameter}: with --shard, these are new ones.
+    """
     if args.gradient_checkpointing:
         net.enable_gradient_checkpointing()
+    if args.shard:
+        shard(net, processes)
     if args.compile:
         net.compile()
+    return {name: p for name, p in net.named_parameters() if p.requires_grad}
+
+
+def shard(net, processes):
+    """Cuts the weights of a diffusers network into a part for each process, by FSDP2.
+
+    A block's weights are whole while it computes, and only then: as soon as the next block begins,
+    or its backward pass is done, each process is left with its part.
+    """
+    mesh = init_device_mesh(processes.device.type, (processes.world,))
+    blocks = [m for m in net.modules() if type(m).__name__ in (net._no_split_modules or ())]
+    for module in [*reversed(blocks), net]:  # the inner ones first: each takes what is left
+        # True for the network itself too: kept whole, its weights would stay those of M_init, once
+        # the original model has made its pass
+        fully_shard(module, mesh=mesh, reshard_after_forward=True)
 
 
 def check_batch_size(args, processes):
-    """Fails unless the global batch can be split evenly over processes and micro-batches."""
+    """Fails unless the global batch can be split evenly over processes and micro-batches.
+
+    Also if --shard has no other process to give a part to.
+    """
+    if args.shard and processes.world == 1:
+        fail("--shard: one process; expected several, as of torchrun --nproc-per-node 2")
     size, micro = args.batch_size, args.gradient_accumulation_steps
     if micro < 1:
         fail(f"--gradient-accumulation-steps {micro}: expected at least 1")
@@ -389,8 +425,8 @@ def save_progress(run, log, step, checkpoint, every, stop_requested, processes):
         dist.all_reduce(stop)
     if processes.rank == 0:
         atomic_save(run.log, text="".join(json.dumps(row) + "\n" for row in log))
-        if stop or step % every == 0:
-            save_checkpoint(run.checkpoint, step, *checkpoint)
+    if stop or step % every == 0:
+        save_checkpoint(run.checkpoint, step, *checkpoint, processes)
     if stop:
         if processes.world > 1:
             dist.barrier()  # until rank 0 has saved
@@ -472,8 +508,8 @@ def fingerprint_files(files):
     return sha.hexdigest()[:16]
 
 
-def save_checkpoint(path, step, tensors, optimizers):
-    """Everything the next step needs, in one file. tensors: {name: tensor}.
+def save_checkpoint(path, step, tensors, optimizers, processes):
+    """Everything the next step needs, in one file. tensors: {name: tensor}. Called by all ranks.
 
     No RNG state is stored: all randomness derives from (seed, step).
     """
@@ -481,21 +517,41 @@ def save_checkpoint(path, step, tensors, optimizers):
     for k, optimizer in enumerate(optimizers):
         for i, state in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer/{k}/{i}/{moment}": t for moment, t in state.items()}
-    atomic_save(path, tensors, metadata={"step": str(step)})
+    save_tensors(path, tensors, {"step": str(step)}, processes)
+
+
+def save_tensors(path, tensors, metadata, processes):
+    """Rank 0 writes a safetensors file atomically. Called by all ranks: they may hold shards."""
+    # One after another goes to the CPU: no card holds more than one of them whole
+    tensors = {name: whole(t).cpu() if is_sharded(t) else t for name, t in tensors.items()}
+    if processes.rank == 0:
+        atomic_save(path, tensors, metadata=metadata)
 
 
 def load_checkpoint(path, tensors, optimizers):
     """Restores the tensors in place and the optimizers. Returns the number of steps done."""
     saved = load_file(path)
     for name, t in tensors.items():
-        t.data.copy_(saved.pop(f"tensor/{name}"))
+        t.data.copy_(shard_like(t, saved.pop(f"tensor/{name}")))
     states = [{} for _ in optimizers]
     for name, t in saved.items():
         _, k, i, moment = name.split("/")
         states[int(k)].setdefault(int(i), {})[moment] = t
     for optimizer, state in zip(optimizers, states, strict=True):
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        for i, moments in state.items():
+            state[i] = {name: shard_like(params[i], t) for name, t in moments.items()}
         optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
     return checkpoint_step(path)
+
+
+def shard_like(t, value):
+    """The value, or this process's shard of it if t is cut into shards and has its shape."""
+    if not is_sharded(t) or value.shape != t.shape:
+        return value
+    # src_data_rank=None: every process has read the whole, so that nothing needs to be sent
+    where = (t.device_mesh, t.placements)
+    return distribute_tensor(value.to(t.device), *where, src_data_rank=None)
 
 
 def checkpoint_step(path):

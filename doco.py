@@ -84,10 +84,14 @@ from common import fail
 from discriminator import patchgan
 from gradsurgery import (
     flat_grad,
+    flatten,
+    is_sharded,
     lambda_projection,
+    norm,
     normalized_sum,
     null_space,
     project_update,
+    unflatten,
     write_grad,
 )
 
@@ -163,7 +167,7 @@ def combine_gradients(g_u, g_r, retain="cp", lam=1.0, retain_weight=1.0, project
         g = g_u + g_r
     if retain == "distill":
         g = normalized_sum(g, g_r, retain_weight)
-    stats["share_r"] = (g - g_u).norm() / g.norm().clamp_min(torch.finfo(g.dtype).tiny)
+    stats["share_r"] = norm(g - g_u) / norm(g).clamp_min(torch.finfo(g.dtype).tiny)
     return g, stats
 
 
@@ -218,7 +222,7 @@ def doco_step(
         g, surgery = combine_gradients(g_u, g_r, retain, lam, retain_weight, project)  # Eq. 10
         stats |= surgery  # cos, norm_f, norm_r, conflict, share_r
     if train_model:
-        stats["norm_g"] = g.norm()
+        stats["norm_g"] = norm(g)
     return DocoUpdate(g, g_d, g_r, stats)
 
 
@@ -314,7 +318,8 @@ def optimizer_step(optimizer, params, g, g_r=None, lam=1.0, project=False):
     descent = before - flatten(params)  # (n,), minus the step: it has the sign of a gradient
     projected, stats = lambda_projection(descent, g_r, lam)  # Eq. 10
     if project:
-        unflatten(params, before - projected)
+        for p, value in zip(params, unflatten(before - projected, params), strict=True):
+            p.data.copy_(value)
     return stats["cos"]
 
 
@@ -326,18 +331,12 @@ def swap_weights(params, originals):
     low-precision copies of the weights.
     """
     for p, original in zip(params, originals, strict=True):
-        p.data, original.data = original.data, p.data
-
-
-def flatten(params):
-    """The values of the parameters as one vector (n,), a copy."""
-    return torch.cat([p.detach().reshape(-1) for p in params])
-
-
-def unflatten(params, flat):
-    """Writes a vector (n,) back into the parameters, in place: the inverse of flatten."""
-    for p, values in zip(params, flat.split([p.numel() for p in params]), strict=True):
-        p.data.copy_(values.view_as(p))
+        if is_sharded(p):  # FSDP2 gathers from where it first put them: there the values change
+            values = p.detach().clone()
+            p.data.copy_(original)
+            original.copy_(values)
+        else:
+            p.data, original.data = original.data, p.data
 
 
 # ---- 2. the training loop -----------------------------------------------------------------------
@@ -532,7 +531,7 @@ def load_init(folder, trained, backbone):
                 f"--init {folder} trained {saved_name}, which is not trained here; "
                 f"repeat its --model, --train-method and --rank"
             )
-        trained[name].data.copy_(value)
+        trained[name].data.copy_(common.shard_like(trained[name], value))
 
 
 # ---- 3. prompts ---------------------------------------------------------------------------------
@@ -877,6 +876,8 @@ def check_flags(args):
         fail("--retain-prompts goes with --retain distill or --null-space")
     if args.null_space is not None and not 0 < args.null_space <= 1:
         fail(f"--null-space {args.null_space:g}: expected a fraction in (0, 1]")
+    if args.null_space is not None and args.shard:
+        fail("--null-space goes with --train-method kv, which needs no --shard; leave that out")
     if args.retain_prompts == "vocabulary" and args.init:
         # The original model knows the earlier run's concepts, and they are in the vocabulary.
         fail("--retain-prompts vocabulary would bring back what --init unlearned; give a file")
@@ -966,15 +967,16 @@ def unlearn(args):
     for prompt in set(others) - {*retained, *(p for anchor, ts in pairs for p in (anchor, *ts))}:
         del conditions[prompt]
 
-    common.use_memory_flags(backbone.net, args)
+    trained = common.use_memory_flags(backbone.net, args, processes)
     train(backbone, trained, latents, pairs, retained, conditions, args, run, processes)
 
-    # Only the trained tensors, under the names by which plain diffusers loads them.
+    # Only the trained tensors, under the names by which plain diffusers loads them. All ranks take
+    # part: with --shard, each holds some of them.
+    is_lora = args.train_method == "lora"
+    tensors = backbone.lora_state() if is_lora else trained
+    metadata = {"format": "pt", "method": "doco", "base_model": args.model}
+    common.save_tensors(run.out / RESULTS[is_lora], tensors, metadata, processes)
     if processes.rank == 0:
-        is_lora = args.train_method == "lora"
-        tensors = backbone.lora_state() if is_lora else trained
-        metadata = {"format": "pt", "method": "doco", "base_model": args.model}
-        common.atomic_save(run.out / RESULTS[is_lora], tensors, metadata=metadata)
         run.checkpoint.unlink(missing_ok=True)
         lines = loading_lines(backbone, args.model, run.out, args.target[0])
         print(f"\nload it with:\n{lines}\n")

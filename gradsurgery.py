@@ -31,7 +31,7 @@ Three lines replace one of a plain training loop:
     + write_grad(params, lambda_projection(g_f, g_r)[0])
       optimizer.step()
 
-Four rules:
+Five rules:
 
 - Pass only weights that are trained. One that a loss does not reach gets a zero gradient, and AdamW
   still decays it.
@@ -40,38 +40,51 @@ Four rules:
 - Do not wrap the model in DistributedDataParallel. flat_grad averages over ranks itself, and before
   the projection: projecting is not linear, so the average of projections is not the projection of
   the average.
+- Of a model that fully_shard (FSDP2) has cut into shards, flat vectors are cut alike. All functions
+  above the last two take them; inner products and norms are summed over the shards.
 - An optimizer that rescales the gradient, as Adam does, takes a step that may conflict with g_r
   again. What is guaranteed is the gradient, not the step.
 """
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 
 def flat_grad(loss, params, retain_graph=False):
     """Gradient of a scalar loss as a flat fp32 vector (n,), averaged over all ranks.
 
     torch.autograd.grad leaves every .grad alone, so a forget loss may run through a discriminator
-    (or any other network) without leaving gradients on it. Raises ValueError if params is empty or
-    the loss reaches none of them.
+    (or any other network) without leaving gradients on it. Sharded weights need .backward(), which
+    does leave them there, and takes those of params. Raises ValueError if params is empty or the
+    loss reaches none of them.
     """
     params = list(params)
     if not params:
         raise ValueError("flat_grad: params is empty; which weights should be trained?")
-    grads = torch.autograd.grad(
-        loss,
-        params,
-        retain_graph=retain_graph,
-        allow_unused=True,  # such a weight gets None here, zeros below
-    )
+    if is_sharded(params[0]):
+        # backward() adds to what is there, such as the gradient of the last step
+        for p in params:
+            p.grad = None
+        loss.backward(retain_graph=retain_graph)  # FSDP2 averages, and gives each rank its shard
+        grads = [p.grad for p in params]
+        for p in params:
+            p.grad = None
+    else:
+        grads = torch.autograd.grad(
+            loss,
+            params,
+            retain_graph=retain_graph,
+            allow_unused=True,  # such a weight gets None here, zeros below
+        )
     if all(g is None for g in grads):
         raise ValueError(
             "flat_grad: the loss reaches none of params; "
             "look for a detach() or a no_grad() on the way"
         )
     grads = [torch.zeros_like(p) if g is None else g for p, g in zip(params, grads, strict=True)]
-    flat = torch.cat([g.reshape(-1).float() for g in grads])  # (n,)
-    if dist.is_available() and dist.is_initialized():
+    flat = flatten(grads)  # (n,)
+    if dist.is_available() and dist.is_initialized() and not is_sharded(params[0]):
         dist.all_reduce(flat)  # a sum, then a division: gloo, the CPU backend, has no average
         flat /= dist.get_world_size()
     return flat
@@ -82,7 +95,7 @@ def _project(g_f, g_r, lam):
 
     (n,), (n,) -> (n,) and a dict of 0-dim statistics.
     """
-    dot, norm_f, norm_r = g_f @ g_r, g_f.norm(), g_r.norm()
+    dot, norm_f, norm_r = whole(g_f @ g_r), norm(g_f), norm(g_r)
     # A floor, not an epsilon: adding 1e-8 to |g_r|^2 = 1e-10 would bias the result.
     tiny = torch.finfo(g_f.dtype).tiny
     # The case distinction of Eq. 10 as a clamp: no branch, so no wait for the GPU.
@@ -139,7 +152,7 @@ def normalized_sum(g_f, g_r, weight=1.0):
     most 1,000: a shorter g_r is rounding, as in the first step of a distillation, where the two
     models are still the same.
     """
-    norm_f, norm_r = g_f.norm(), g_r.norm()
+    norm_f, norm_r = norm(g_f), norm(g_r)
     norm_r = torch.maximum(norm_r, norm_f / 1000)
     tiny = torch.finfo(g_f.dtype).tiny
     scale = norm_f / norm_r.clamp_min(tiny)  # 0-dim, at most 1000
@@ -202,7 +215,68 @@ def write_grad(params, flat):
     the parameters do not hold n numbers.
     """
     params = list(params)
-    if (n := sum(p.numel() for p in params)) != flat.numel():
-        raise ValueError(f"write_grad: params hold {n} numbers, the flat vector {flat.numel()}")
-    for p, g in zip(params, flat.split([p.numel() for p in params]), strict=True):
-        p.grad = g.view_as(p).to(p.dtype)
+    for p, g in zip(params, unflatten(flat, params), strict=True):
+        p.grad = g.to(p.dtype)
+
+
+# ---- flat vectors -------------------------------------------------------------------------------
+# fully_shard leaves each process some rows of every weight, as a DTensor. The flat vector of sharded
+# weights is a DTensor too: each process holds the numbers of its rows, and zeros where another has
+# a row more. So all hold equally many, and nothing is added to an inner product.
+
+
+def is_sharded(x):
+    """True for a tensor that fully_shard has cut, or a flat vector of such tensors."""
+    return hasattr(x, "device_mesh")
+
+
+def whole(x):
+    """A tensor, or what all shards of it are together: to be called by all processes."""
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
+
+
+def norm(x):
+    """The length of a flat vector, 0-dim."""
+    return whole(x.norm())
+
+
+def shard_length(x):
+    """How many numbers of a sharded tensor each process holds, zeros included."""
+    rows = -(-x.shape[0] // x.device_mesh.size())  # rounded up
+    return rows * (x.numel() // x.shape[0])
+
+
+def flatten(tensors):
+    """Tensors as one flat fp32 vector (n,), a copy; of sharded ones a sharded vector."""
+    tensors = [x.detach() for x in tensors]
+    if not is_sharded(tensors[0]):
+        return torch.cat([x.reshape(-1).float() for x in tensors])
+    parts = []
+    for x in tensors:
+        part = x.to_local().reshape(-1).float()
+        parts.append(F.pad(part, (0, shard_length(x) - part.numel())))
+    return like_shard(torch.cat(parts), tensors[0])
+
+
+def unflatten(flat, like):
+    """The inverse of flatten: a list of tensors of the shapes of `like`, views of flat (n,).
+
+    Raises ValueError if `like` does not hold n numbers.
+    """
+    if is_sharded(flat):
+        parts = flat.to_local().split([shard_length(x) for x in like])
+        shards = [x.to_local() for x in like]
+        views = [p[: s.numel()].view_as(s) for p, s in zip(parts, shards, strict=True)]
+        return [like_shard(v, x, x.shape) for v, x in zip(views, like, strict=True)]
+    sizes = [x.numel() for x in like]
+    if (n := sum(sizes)) != flat.numel():
+        raise ValueError(f"unflatten: params hold {n} numbers, the flat vector {flat.numel()}")
+    return [part.view_as(x) for x, part in zip(like, flat.split(sizes), strict=True)]
+
+
+def like_shard(part, x, shape=None):
+    """This process's part of a DTensor that is spread as x is. shape: of the whole, if uneven."""
+    stride = None if shape is None else x.stride()
+    where = (x.device_mesh, x.placements)
+    # type(x): importing DTensor takes a second, and few need it
+    return type(x).from_local(part, *where, run_check=False, shape=shape, stride=stride)

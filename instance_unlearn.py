@@ -594,6 +594,8 @@ def fill_defaults(args, backbone, processes):
 
     # The batch is split over the processes, each gets as many images.
     common.check_batch_size(args, processes)
+    if args.shard and backbone.lora_targets is None:
+        fail("--shard: a DDPM fits any card; leave it out")
     args.mixed_precision = common.mixed_precision(args, processes.device)
     if args.steps < 1 or not args.lr > 0:
         fail(f"--steps {args.steps} --lr {args.lr:g}: expected at least one step, a positive rate")
@@ -680,12 +682,12 @@ def unlearn(args):
 
     if backbone.takes_prompt and generated is not None:
         backbone.pipe.vae = None  # it leaves the memory; files would still need it
-    common.use_memory_flags(backbone.net, args)
+    trained = common.use_memory_flags(backbone.net, args, processes)
     condition = conditions[args.prompt or ""]
     train(backbone, trained, x_f, x_s, remember_batch, n_remember, condition, args, run, processes)
 
+    save(backbone, run, processes)
     if processes.rank == 0:
-        save(backbone, run)
         lines = loading_lines(backbone, args.model, run.out, args.prompt or "")
         print(f"\nload it with:\n{lines}\n")
     return finish(args, run, processes)
@@ -728,14 +730,17 @@ def trainable_weights(backbone, args):
     return backbone.trainable_weights(method, args.rank, args.seed)
 
 
-def save(backbone, run):
-    """Writes the result in a format that plain diffusers loads, and removes the checkpoint."""
-    if backbone.lora_targets is None:
+def save(backbone, run, processes):
+    """Writes the result in a format that plain diffusers loads, and removes the checkpoint.
+
+    Called by all ranks, which may hold a shard each; rank 0 writes.
+    """
+    if backbone.lora_targets is not None:
+        common.save_tensors(run.out / LORA, backbone.lora_state(), {"format": "pt"}, processes)
+    elif processes.rank == 0:
         common.atomic_save(run.out / "pipeline", pipe=backbone.pipe)
-    else:
-        file = run.out / LORA
-        common.atomic_save(file, backbone.lora_state(), metadata={"format": "pt"})
-    run.checkpoint.unlink(missing_ok=True)
+    if processes.rank == 0:
+        run.checkpoint.unlink(missing_ok=True)
 
 
 def finish(args, run, processes):

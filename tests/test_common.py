@@ -88,7 +88,8 @@ def test_ranks_split_a_batch_evenly():
     assert rows == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
 
     def check(batch_size, micro=1):
-        args = SimpleNamespace(batch_size=batch_size, gradient_accumulation_steps=micro)
+        sizes = {"batch_size": batch_size, "gradient_accumulation_steps": micro}
+        args = SimpleNamespace(**sizes, shard=False)
         common.check_batch_size(args, ranks[0])
 
     check(12)
@@ -182,7 +183,7 @@ def test_a_new_run_folder(tmp_path):
 
 def test_a_run_folder_that_holds_something_needs_resume(tmp_path):
     w = torch.ones(2)
-    common.save_checkpoint(tmp_path / "checkpoint.safetensors", 7, {"w": w}, [])
+    common.save_checkpoint(tmp_path / "checkpoint.safetensors", 7, {"w": w}, [], ONE)
     with fails("already holds a run; choose another --out, or --resume"):
         open_run(tmp_path)
     run = open_run(tmp_path, resume=True)
@@ -263,7 +264,7 @@ def test_a_checkpoint_holds_all_that_the_next_step_needs(tmp_path):
     file = tmp_path / "checkpoint.safetensors"
     assert common.checkpoint_step(file) is None
     tensors, optimizers = make_training()
-    common.save_checkpoint(file, 2, tensors, optimizers)
+    common.save_checkpoint(file, 2, tensors, optimizers, ONE)
     assert common.checkpoint_step(file) == 2
     train(tensors["w"], tensors["d"], optimizers, 3)
 
@@ -279,7 +280,7 @@ def test_resuming_reads_the_log_up_to_the_checkpoint(tmp_path):
     tensors, optimizers = make_training()
     run = open_run(tmp_path)
     assert common.resume(run, tensors, optimizers) == (0, [])
-    common.save_checkpoint(run.checkpoint, 20, tensors, optimizers)
+    common.save_checkpoint(run.checkpoint, 20, tensors, optimizers, ONE)
     rows = [{"step": step, "loss": 0.5} for step in (9, 19, 29)]
     run.log.write_text("".join(json.dumps(row) + "\n" for row in rows))
     run.lock.close()

@@ -275,6 +275,7 @@ def test_a_batch_that_cannot_be_split_is_one_line():
         (["--retain", "distill", "--retain-prompts", "no.txt"], "--retain-prompts no.txt: no such"),
         (["--null-space", "0"], "--null-space 0: expected a fraction in (0, 1]"),
         (["--null-space", "1.5"], "--null-space 1.5: expected a fraction in (0, 1]"),
+        (["--null-space", "0.9", "--shard"], "which needs no --shard; leave that out"),
         (
             ["--null-space", "0.9", "--train-method", "xattn"],
             "--null-space goes with --train-method kv",
@@ -491,10 +492,10 @@ def test_models_that_predict_something_else_are_refused(tiny, unlearn, tmp_path)
 # ---- processes and interruptions ----------------------------------------------------------------
 
 
-def launch(processes, folder, *flags):
-    """The program under torchrun, without its evaluation."""
+def launch(processes, folder, *flags, program="doco"):
+    """doco.py or instance_unlearn.py under torchrun, without its evaluation."""
     script = folder / "launch.py"
-    script.write_text("import sys, doco; doco.unlearn(doco.parse_args(sys.argv[1:]))")
+    script.write_text(f"import sys, {program} as m; m.unlearn(m.parse_args(sys.argv[1:]))")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command = [*torchrun, "--nproc-per-node", str(processes), str(script), *flags]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(common.REPO)}

@@ -159,6 +159,7 @@ BAD = [
     ("sdxl", ["--null-space", "0.9", "--train-method", "lora"], "--null-space goes with"),
     ("sd3", ["--train-method", "kv", "--rank", "4"], "--rank 4 goes with --train-method lora"),
     ("sd3", ["--rank", "0"], "--rank 0: expected at least 1"),
+    ("sd", ["--shard"], "--shard: one process; expected several"),
     ("flux", ["--resolution", "18"], "--resolution 18 is no multiple of 4"),
     ("sd3", ["--resolution", "8"], "--resolution 8: expected at least 16"),
 ]
@@ -237,3 +238,34 @@ def test_two_processes_equal_one(folders, tmp_path, family):
     for name in a:
         # Sampling differs in the last digits, and Adam's first steps do not see their size
         torch.testing.assert_close(a[name], b[name], rtol=0, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_sharded_run_equals_the_whole_one(folders, tmp_path):
+    """Two processes with half of the weights each leave what two with all of them leave."""
+    argv = ["--model", folders["sd"], *CAT, "--batch-size", "4", "--gradient-checkpointing"]
+    argv += ["--train-method", "full", "--retain", "distill", "--steps", "12", "--lr", "1e-3"]
+    check_shards(tmp_path, map(str, argv), "delta.safetensors")
+
+
+@pytest.mark.slow
+def test_a_sharded_run_on_an_image_equals_the_whole_one(folders, photos, tmp_path):
+    argv = ["--model", folders["sd3"], "--forget", photos / "a.png", "--prompt", "a cat"]
+    argv += ["--steps", "5", "--batch-size", "2", "--num-remember", "4"]
+    check_shards(tmp_path, map(str, argv), "pytorch_lora_weights.safetensors", "instance_unlearn")
+
+
+def check_shards(folder, argv, file, program="doco"):
+    """Compares the weights and the logs of a program with --shard and without, on two processes."""
+    argv = list(argv)
+    for name, more in (("whole", []), ("sharded", ["--shard"])):
+        result = launch(2, folder, *argv, *more, "--out", str(folder / name), program=program)
+        assert result.returncode == 0, result.stderr
+    a, b = (load_file(folder / name / file) for name in ("whole", "sharded"))
+    assert a.keys() == b.keys() and all(a[name].shape == b[name].shape for name in a)
+    # A gradient that is rounding alone moves by its sign, in Adam
+    n_far = sum((~torch.isclose(a[n], b[n], rtol=0, atol=1e-5)).sum().item() for n in a)
+    assert n_far <= 0.01 * sum(x.numel() for x in a.values())
+    logs = [(folder / name / "log.jsonl").read_text().splitlines() for name in ("whole", "sharded")]
+    for row_a, row_b in zip(*logs, strict=True):
+        assert json.loads(row_a) == pytest.approx(json.loads(row_b), rel=1e-3, abs=1e-5)

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from discriminator import patchgan
-from gradsurgery import flat_grad, lambda_projection, write_grad
+from gradsurgery import flat_grad, flatten, is_sharded, lambda_projection, norm, write_grad
 """
 
 # A network of the stranger's own: what it is given as a condition is its own business, too.
