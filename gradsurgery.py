@@ -220,9 +220,9 @@ def write_grad(params, flat):
 
 
 # ---- flat vectors -------------------------------------------------------------------------------
-# fully_shard leaves each process some rows of every weight, as a DTensor. The flat vector of sharded
-# weights is a DTensor too: each process holds the numbers of its rows, and zeros where another has
-# a row more. So all hold equally many, and nothing is added to an inner product.
+# fully_shard leaves each process some rows of every weight, as a DTensor. The flat vector of these
+# is a DTensor too: each process holds the numbers of its rows, and zeros where another has a row
+# more. So all hold equally many, and the zeros add nothing to an inner product.
 
 
 def is_sharded(x):

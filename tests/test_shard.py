@@ -61,7 +61,7 @@ def on_two(rank, check, store, folder):
 
 
 def gradients_are_projected_over_all_shards(processes, _):
-    """Eq. 10 conflicts here on one rank alone; the step of AdamW that follows is the whole one's."""
+    """Eq. 10 conflicts here; it and the step of AdamW after it are those of the whole network."""
     params, net, of_plain, plain, x = sharded_and_whole(processes)
     params, of_plain = list(params.values()), list(of_plain.values())
     mine = x.chunk(2)[processes.rank]
