@@ -7,6 +7,7 @@
     python -m experiments.bench instance --arch sd3-medium --batch-size 1 --steps 2
     python -m experiments.bench doco --arch sdxl --batch-size 1 --resolution 512 --steps 2
     python -m experiments.bench build --arch sd-v1-4 --out runs/sd-v1-4      # the folder alone
+    python -m experiments.bench surgery --out docs/surgery.png      # the gradient surgery by length
 
 --arch builds a model of the real size with random weights, from its published configuration: time
 and memory do not depend on the values of the weights, and nothing is downloaded. Four ways:
@@ -75,6 +76,7 @@ from common import REPO, HelpFormatter, Processes, fail
 from discriminator import patchgan
 from gradsurgery import forget_only, lambda_projection, write_grad
 from metrics import display_path
+from plots import new_figure, save
 
 WAYS = ("ours", "distill", "passes", "naive")
 
@@ -653,16 +655,49 @@ def memory_in_child(args, way):
 
 def time_surgery(bench, device):
     """Median seconds of the gradient surgery on vectors (n,) as long as what is trained."""
-    g_f, g_r = torch.randn(2, count(bench.params), device=device)
-    # Both compute a few dot products and a weighted sum; they read the vectors, no more.
-    # So their time does not depend on what is in them.
     surgery = lambda_projection if bench.what == "doco" else forget_only
+    return seconds_of_surgery(surgery, count(bench.params), device)
+
+
+def seconds_of_surgery(surgery, n, device):
+    """Median seconds on vectors (n,).
+
+    They are read for a few inner products and a weighted sum, no more; so the time does not depend
+    on what is in them.
+    """
+    g_f, g_r = torch.randn(2, n, device=device)
 
     def step():
         """One surgery."""
         surgery(g_f, g_r)
 
     return statistics.median(seconds_of(step, device) for _ in range(7))
+
+
+def report_surgery(args, device):
+    """Prints and plots the seconds of Eq. 10 (DoCo) and Eq. 13 (instances) by vector length."""
+    methods = {"Eq. 10, DoCo": lambda_projection, "Eq. 13, instances": forget_only}
+    # A LoRA of a small model to all of Stable Diffusion 3. The last takes 16 GB: two gradients, the
+    # component that is taken off, the result.
+    lengths = [10**k for k in range(5, 10)]
+    print(f"| trained weights | {' | '.join(f'{name}, ms' for name in methods)} |")
+    print("|---|---|---|")
+    figure = new_figure(480, 320, layout="constrained")
+    axes = figure.subplots()
+    seconds = {name: [] for name in methods}
+    for n in lengths:
+        for name, surgery in methods.items():
+            seconds[name].append(seconds_of_surgery(surgery, n, device))
+        print(f"| {n:,} | {' | '.join(f'{1e3 * s[-1]:.2f}' for s in seconds.values())} |")
+    for name, values in seconds.items():
+        axes.loglog(lengths, values, marker="o", label=name)
+    # Short vectors stay in the processor's cache: they lie below the line through the longest.
+    slope = seconds["Eq. 10, DoCo"][-1] / lengths[-1]
+    axes.loglog(lengths, [slope * n for n in lengths], color="gray", ls=":", label="linear")
+    axes.set_xlabel("trained weights")
+    axes.set_ylabel("seconds per step")
+    axes.legend()
+    save(figure, args.out)
 
 
 def measure_time(args, device):
@@ -709,7 +744,8 @@ def parse_args(argv=None):
     p = argparse.ArgumentParser(
         prog="python -m experiments.bench", description=__doc__, formatter_class=HelpFormatter
     )
-    p.add_argument("what", choices=("doco", "instance", "build"), help="whose step; build: a model")
+    help_text = "whose step; build: a model; surgery: the time of Eq. 10 and 13 by length"
+    p.add_argument("what", choices=("doco", "instance", "build", "surgery"), help=help_text)
     add = p.add_argument_group("model").add_argument
     add("--model", help="folder or hub id (without it: emoji/sd, emoji/ddpm)")
     add("--arch", choices=ARCHS, help="in place of --model: random weights, shapes of that model")
@@ -718,7 +754,7 @@ def parse_args(argv=None):
     add("--batch-size", type=int, default=8, help="images per step")
     add("--steps", type=int, default=20, help="of each way; the first one warms up")
     add("--only", choices=WAYS, help="the memory of one way, in bytes, as a line of JSON")
-    add("--out", type=Path, help="of build: the folder")
+    add("--out", type=Path, help="of build: the folder; of surgery: the figure")
     return p.parse_args(argv)
 
 
@@ -729,6 +765,11 @@ def main(args):
         if not args.arch or not args.out:
             fail("build needs --arch and --out")
         print(build(args.arch, args.out))
+        return
+    if args.what == "surgery":
+        if not args.out:
+            fail("surgery needs --out, the figure's file")
+        report_surgery(args, device)
         return
     if args.steps < 2 or args.batch_size < 1:
         fail(

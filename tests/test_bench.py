@@ -125,6 +125,16 @@ def test_bad_numbers_are_one_line():
         bench.main(bench.parse_args(["doco", "--steps", "1"]))
     with pytest.raises(SystemExit, match="build needs --arch and --out"):
         bench.main(bench.parse_args(["build", "--arch", "sd-v1-4"]))
+    with pytest.raises(SystemExit, match="surgery needs --out"):
+        bench.main(bench.parse_args(["surgery"]))
+
+
+def test_surgery_by_length(tmp_path, monkeypatch, capsys):
+    """A row per length, to 1e9, and a figure."""
+    monkeypatch.setattr(bench, "seconds_of_surgery", lambda surgery, n, device: 1e-9 * n)
+    bench.main(bench.parse_args(["surgery", "--out", str(tmp_path / "surgery.png")]))
+    assert "| 1,000,000,000 | 1000.00 | 1000.00 |" in capsys.readouterr().out
+    assert (tmp_path / "surgery.png").stat().st_size > 1000
 
 
 @pytest.mark.slow
