@@ -682,6 +682,7 @@ def report_surgery(args, device):
     lengths = [10**k for k in range(5, 10)]
     print(f"| trained weights | {' | '.join(f'{name}, ms' for name in methods)} |")
     print("|---|---|---|")
+    # The figure is made first, so that a missing library costs no measurement.
     figure = new_figure(480, 320, layout="constrained")
     axes = figure.subplots()
     seconds = {name: [] for name in methods}
@@ -689,6 +690,7 @@ def report_surgery(args, device):
         for name, surgery in methods.items():
             seconds[name].append(seconds_of_surgery(surgery, n, device))
         print(f"| {n:,} | {' | '.join(f'{1e3 * s[-1]:.2f}' for s in seconds.values())} |")
+    # Both axes logarithmic: what grows in proportion to the length has a slope of one.
     for name, values in seconds.items():
         axes.loglog(lengths, values, marker="o", label=name)
     # Short vectors stay in the processor's cache: they lie below the line through the longest.
