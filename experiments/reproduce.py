@@ -391,21 +391,34 @@ def doco_balance(args):
 # emoji/sd3 does not draw the grumpy cat (its CA is 0 before anything is erased). On the first its
 # learning rate was chosen; the others are reported.
 TRANSFORMER_OBJECTS = [("enraged face", "face"), ("flag of japan", "flag"), ("pizza", "food")]
+# On emoji/sdxl nothing was chosen: its settings are those of emoji/sd.
+XL_OBJECTS = [("Grumpy Cat", "Cat"), *TRANSFORMER_OBJECTS[:2]]
+
+
+def family_table(title, model, headings):
+    """DoCo on another model than emoji/sd. headings: {heading: (concept, anchor)}."""
+    blocks = []
+    for heading, concept in headings.items():
+        job = functools.partial(balance_job, [concept], model=model)
+        rows = [Row("DoCo", job()), Row("DoCo, distill", job(*DISTILL))]
+        blocks.append(Block(heading, [], rows))
+    return [Table(title, BALANCE_COLUMNS, blocks)]
 
 
 def doco_sd3(args):
     """DoCo on a transformer that was trained by flow matching."""
-    if args.paper:
-        return []
-    blocks = []
-    for k, concept in enumerate(TRANSFORMER_OBJECTS):
-        # A rate was tried on the first alone.
-        heading = f"Erasing {concept[0]}" + ("" if k else ", on which the rate was chosen")
-        job = functools.partial(balance_job, [concept], model="emoji/sd3")
-        rows = [Row("DoCo", job()), Row("DoCo, distill", job(*DISTILL))]
-        blocks.append(Block(heading, [], rows))
+    first, *others = TRANSFORMER_OBJECTS
+    headings = {f"Erasing {first[0]}, on which the rate was chosen": first}
+    headings |= {f"Erasing {concept[0]}": concept for concept in others}
     title = "DoCo on Stable Diffusion 3, a LoRA: emoji/sd3"
-    return [Table(title, BALANCE_COLUMNS, blocks)]
+    return [] if args.paper else family_table(title, "emoji/sd3", headings)
+
+
+def doco_sdxl(args):
+    """DoCo on a UNet with two text encoders that is told the size of the image."""
+    headings = {f"Erasing {concept[0]}": concept for concept in XL_OBJECTS}
+    title = "DoCo on Stable Diffusion XL: emoji/sdxl"
+    return [] if args.paper else family_table(title, "emoji/sdxl", headings)
 
 
 def doco_ablation(args):
@@ -721,6 +734,7 @@ TABLES = {
     "doco-balance": doco_balance,
     "doco-ablation": doco_ablation,
     "doco-sd3": doco_sd3,
+    "doco-sdxl": doco_sdxl,
     "instance-table1": instance_table1,
     "instance-table2": instance_table2,
     "instance-table3": instance_table3,
