@@ -9,10 +9,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import DDIMScheduler, StableDiffusion3Pipeline, StableDiffusionPipeline
+from diffusers import (
+    DDIMScheduler,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+)
 from PIL import Image
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+import backbones
 import eval as evaluation
 import metrics
 from common import REPO, read_cropped, read_exact
@@ -67,7 +73,7 @@ def test_size_and_file_types():
     """A clone stays small, and no file can run code when it is loaded."""
     files = [p for p in EMOJI.rglob("*") if p.is_file()]
     files = [p for p in files if "__pycache__" not in p.parts]
-    assert sum(p.stat().st_size for p in files) <= 45e6
+    assert sum(p.stat().st_size for p in files) <= 55e6
     pickles = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
     assert not [p for p in files if p.suffix in pickles]
 
@@ -308,3 +314,85 @@ def test_one_counted_row_is_256_rows(sd3):
     got = sd3.transformer(x, short, same_pooled, t).sample
     sd3.transformer.set_attn_processor(processors)
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+# ---- sdxl ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sdxl():
+    """The pipeline in emoji/sdxl, loaded as in its README: plain diffusers, no argument."""
+    pipe = StableDiffusionXLPipeline.from_pretrained(EMOJI / "sdxl")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def generate_xl(pipe, prompts):
+    """One image per prompt, uint8; image k is generated with seed k."""
+    output = pipe(
+        prompts,
+        generator=[torch.Generator().manual_seed(k) for k in range(len(prompts))],
+        num_inference_steps=20,
+        guidance_scale=3.0,
+        output_type="np",
+    )
+    return to_uint8(torch.from_numpy(output.images).permute(0, 3, 1, 2))
+
+
+def test_sdxl_is_small_and_has_the_traits_of_xl(sdxl):
+    """10 MB in all; two encoders side by side; zeros for the empty prompt; XL's schedule."""
+    files = [p for p in (EMOJI / "sdxl").rglob("*") if p.is_file()]
+    assert sum(p.stat().st_size for p in files) <= 10e6
+    unet, first, second = (m.config for m in (sdxl.unet, sdxl.text_encoder, sdxl.text_encoder_2))
+    assert unet.addition_embed_type == "text_time"
+    assert unet.cross_attention_dim == first.hidden_size + second.hidden_size
+    added = second.projection_dim + 6 * unet.addition_time_embed_dim
+    assert unet.projection_class_embeddings_input_dim == added
+    assert type(sdxl.text_encoder) is CLIPTextModel
+    assert type(sdxl.text_encoder_2) is CLIPTextModelWithProjection
+    assert sdxl.config.force_zeros_for_empty_prompt
+    scheduler = sdxl.scheduler.config
+    assert (scheduler.beta_start, scheduler.beta_end) == (0.00085, 0.012)
+    assert (scheduler.timestep_spacing, scheduler.steps_offset) == ("leading", 1)
+    assert scheduler.clip_sample is False
+    for module in (sdxl.unet, sdxl.vae, sdxl.text_encoder, sdxl.text_encoder_2):
+        assert {p.dtype for p in module.parameters()} == {torch.float32}
+
+
+@torch.no_grad()
+def test_xl_is_trained_on_what_the_pipeline_computes(sdxl):
+    """Caption rows, pooled vectors, sizes: of the training, of diffusers and of the toolkit."""
+    texts = ["a grumpy cat", "", "flag of japan"]
+    encoders = {"text_encoder": sdxl.text_encoder, "text_encoder_2": sdxl.text_encoder_2}
+    rows, pooled = train.encode_xl(encoders, texts, sdxl.tokenizer, "cpu")
+    assert rows.shape == (3, 32, 160)
+    assert pooled.shape == (3, 64)
+    # The pipeline zeroes only the prompt that guidance subtracts: the empty one.
+    expected, empty, expected_pooled, empty_pooled = sdxl.encode_prompt(["a grumpy cat"])
+    torch.testing.assert_close(rows[:2], torch.cat([expected, empty]))
+    torch.testing.assert_close(pooled[:2], torch.cat([expected_pooled, empty_pooled]))
+    assert not rows[1].any() and not pooled[1].any()
+
+    toolkit = backbones.load_backbone(str(EMOJI / "sdxl"))
+    embedded = toolkit.embed(texts, CPU)
+    torch.testing.assert_close(embedded["prompt_embeds"], rows)
+    torch.testing.assert_close(embedded["pooled_prompt_embeds"], pooled)
+
+
+@pytest.mark.slow
+def test_sdxl_generates_what_is_asked_for(sdxl, clip):
+    """Forty names: the scoring CLIP ranks most of them first among all 237."""
+    asked = list(range(0, len(NAMES), 6))
+    images = generate_xl(sdxl, [NAMES[i] for i in asked])
+    assert top1(clip, images, asked) >= 0.6
+
+
+@pytest.mark.slow
+def test_sdxl_generates_the_grumpy_cat_also_by_nickname(sdxl, clip):
+    """Unlike sd3/: there is something to unlearn, and something to lose out of distribution."""
+    target = clip.texts(["grumpy cat"] * 20)
+    anchor = clip.texts(["cat"] * 20)
+    for prompts in (["grumpy cat"] * 20, ["tardar sauce", "sourpuss"] * 10):
+        images = generate_xl(sdxl, prompts)
+        ca = metrics.clip_accuracy(clip(images), target, anchor)
+        assert ca.mean() >= 80
