@@ -593,10 +593,13 @@ FAMILIES = (DDPM, StableDiffusion, StableDiffusionXL, StableDiffusion3, Flux)
 # ---- 4. loading: safetensors only ---------------------------------------------------------------
 
 
-def load_backbone(model, families=FAMILIES):
-    """The Backbone of a pipeline folder or hub id: weights in fp32, on the CPU, or one line."""
+def load_backbone(model, families=FAMILIES, why=""):
+    """The Backbone of a pipeline folder or hub id: weights in fp32, on the CPU, or one line.
+
+    why: no other families; for that line.
+    """
     classes = {family.pipeline_class: family for family in families}
-    pipe = load_pipeline(model, tuple(classes), dtype=torch.float32)
+    pipe = load_pipeline(model, tuple(classes), why=why, dtype=torch.float32)
     backbone = classes[type(pipe)](pipe)
     if backbone.prediction_type not in ("epsilon", "v_prediction", "flow"):
         fail(
@@ -611,7 +614,7 @@ def is_embedded(model):
     return os.path.exists(model) and Path(model).resolve().is_relative_to(REPO / "emoji")
 
 
-def load_pipeline(model, classes=None, safety_checker=False, **kwargs):
+def load_pipeline(model, classes=None, safety_checker=False, why="", **kwargs):
     """A diffusers pipeline of one of the classes (default: FAMILIES'), from a folder or a hub id.
 
     Without its safety checker, unless asked for: unlearning does not need it. Weights in half
@@ -619,7 +622,7 @@ def load_pipeline(model, classes=None, safety_checker=False, **kwargs):
     of exceptions.
     """
     classes = classes or tuple(family.pipeline_class for family in FAMILIES)
-    names = ", ".join(c.__name__ for c in classes)
+    names = ", ".join(c.__name__ for c in classes) + (f": {why}" if why else "")
     if os.path.exists(model) and not (Path(model) / "model_index.json").is_file():
         fail(
             f"--model {model}: no model_index.json there; "

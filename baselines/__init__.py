@@ -5,12 +5,13 @@ here (methods(), ROWS) and need no change for a new one. A baseline holds what i
 describes: the docstring with the equations, the loss as a pure function, the training loop. What
 no paper describes is here, as functions with arguments and results, in seven sections:
 
-    1. flags         concept_parser, instance_parser
+    1. flags         concept_parser, instance_parser, add_weight_flags
     2. run folder    open_run_folder
-    3. model         load_text_to_image, load_ddpm, with_preset, trainable_weights
+    3. model         load_text_to_image, load_ddpm, with_preset, with_train_method,
+                     trainable_weights
     4. prompts       concept_prompts, target_prompts; prediction and guidance
     5. images        generate_latents; read_forget, remember_files, remember_batch; timesteps
-    6. results       save_delta, save_lora, save_pipeline
+    6. results       save_delta, save_lora, save_trained, save_pipeline
     7. the program   main, methods, prompt_strength
 
 How to add a baseline:
@@ -30,8 +31,10 @@ How to add a baseline:
 
 What the rest of the repository asks of a baseline: TASK, ROWS, parse_args(argv), unlearn(args) ->
 run folder. If the strength of its LoRA depends on the prompt, also prompt_strength(pipe, settings).
-All randomness comes from common.generator, so that --seed and the step determine it. Baselines run
-in one process and in fp32, on a GPU too; there, only the generation of images is in bf16.
+For concepts, FAMILIES are those of backbones.py whose models it takes; WHY says, in half a
+sentence, why no others, and ends the error message. All randomness comes from common.generator, so
+that --seed and the step determine it. Baselines run in one process and in fp32, on a GPU too;
+there, only the generation of images is in bf16.
 """
 
 import argparse
@@ -47,11 +50,12 @@ from tqdm import tqdm
 
 from backbones import (
     DDPM,
-    FAMILIES,
-    StableDiffusion,
+    DELTA,
+    LORA,
     is_embedded,
     load_backbone,
     sample_timesteps,
+    stack_conditions,
 )
 from common import (
     REPO,
@@ -72,7 +76,8 @@ from doco import prompt_pairs
 from instance_unlearn import drop_forget_files
 
 # What a finished run leaves in its folder: changed weights, a LoRA, or a whole pipeline
-RESULTS = ("delta.safetensors", "pytorch_lora_weights.safetensors", "pipeline")
+RESULTS = (DELTA, LORA, "pipeline")
+RANK = 16  # of a LoRA, as in doco.py
 
 
 # ---- 1. flags -----------------------------------------------------------------------------------
@@ -94,7 +99,8 @@ def concept_parser(file, doc, paper, small):
     add("--prompts", type=Path, help=text)
 
     add = parser.add_argument_group("model").add_argument
-    add("--model", default=str(REPO / "emoji/sd"), help="Stable Diffusion 1.x or 2.x")
+    text = "folder or hub id of a model of one of the families named above"
+    add("--model", default=str(REPO / "emoji/sd"), help=text)
     if "steps" in paper:
         add(
             "--resolution",
@@ -162,6 +168,16 @@ def add_training_flags(parser, paper, small, unit):
     return add
 
 
+def add_weight_flags(add, choices, text, rate):
+    """Adds --train-method and --rank.
+
+    add: add_argument of a group; text: what the choices mean; rate: the learning rate of a LoRA.
+    """
+    text += f"; lora, the default for transformers: a LoRA of all attention, at a rate of {rate:g}"
+    add("--train-method", choices=(*choices, "lora"), help=text)
+    add("--rank", type=int, default=RANK, help="of --train-method lora")
+
+
 def add_run_flags(parser, what):
     """Adds --seed and --out. what: the second half of the run folder's default name."""
     name = parser.get_default("method").replace("_", "-")
@@ -192,7 +208,7 @@ def open_run_folder(args):
 def check_training_flags(args):
     """Fails if a number of the training is impossible. A flag that was not given is None."""
     given = vars(args)
-    for name in ("steps", "batch_size"):
+    for name in ("steps", "batch_size", "rank"):
         value = given.get(name)
         if value is not None and value < 1:
             fail(f"--{name.replace('_', '-')} {value}: expected at least 1")
@@ -211,25 +227,26 @@ def remember_folder(args):
 # ---- 3. model -----------------------------------------------------------------------------------
 
 
-def load_text_to_image(args, prompts, device=None, families=(StableDiffusion,)):
-    """The model of --model, and {prompt: text embedding (77, D)} with the empty prompt.
+def load_text_to_image(args, prompts, families, why, device=None):
+    """The model of --model, and {prompt: condition of one row} with the empty prompt.
 
-    families: those of backbones.py whose equations the method has.
-
-    The text encoder leaves the memory once it has encoded the prompts.
+    families, why: FAMILIES and WHY of the baseline. A condition is a dict of tensors, what the
+    network is told of a prompt: see backbones.py. Its "encoder_hidden_states" are the embeddings of
+    the tokens, (1, 77, D) in Stable Diffusion. The text encoders leave the memory once they have
+    encoded the prompts.
     """
     device = device or pick_device()
-    model = load_backbone(args.model, families)
+    model = load_backbone(args.model, families, why)
     conditions = model.encode_prompts(dict.fromkeys(["", *prompts]), device)
-    emb = {prompt: c["encoder_hidden_states"][0] for prompt, c in conditions.items()}
-    return model.to(device), emb
+    return model.to(device), conditions
 
 
 def load_ddpm(args):
     """The DDPM of --model, on the device; fails if it is another model or predicts no epsilon."""
-    model = load_backbone(args.model, FAMILIES)
-    if not isinstance(model, DDPM) or model.prediction_type != "epsilon":
-        fail(f"--model {args.model}: expected a DDPM that predicts epsilon")
+    why = "the methods for images compare predictions with noise, and have no prompt"
+    model = load_backbone(args.model, (DDPM,), why)
+    if model.prediction_type != "epsilon":
+        fail(f"--model {args.model} predicts {model.prediction_type}; expected epsilon")
     return model.to(pick_device())
 
 
@@ -237,9 +254,15 @@ def with_preset(args, model, paper, small):
     """A copy of args: what is None comes from the preset that fits the model, resolution too.
 
     Names of the preset without a flag are added. The steps of small models are for one target
-    concept, and twice as many for a style, as in doco.py.
+    concept, and twice as many for a style, as in doco.py. A LoRA has a rate of its own, "lora_lr".
     """
     preset = dict(small if model.small else paper)
+    if "num_images" in preset:  # generated as the family generates images, unless the preset tells
+        images = {"sampling_steps": model.sampling_steps, "guidance": model.guidance}
+        preset = images | preset
+    lora_lr = preset.pop("lora_lr", None)
+    if vars(args).get("train_method") == "lora":
+        preset["lr"] = lora_lr
     if model.small and "target" in args and "steps" in preset:
         per_target = 2 if args.concept_type == "style" else 1
         preset["steps"] *= len(args.target) * per_target
@@ -247,6 +270,20 @@ def with_preset(args, model, paper, small):
     args = argparse.Namespace(**(vars(args) | preset | given))
     if "resolution" in args:
         args.resolution = model.check_resolution(args.resolution)
+    return args
+
+
+def with_train_method(args, model, unet):
+    """A copy of args: without --train-method, a UNet trains `unet`, and a transformer a LoRA.
+
+    As in doco.py: in a UNet the prompt enters through keys and values of its own; in a transformer
+    the text's tokens change from block to block, and all attention has a part in a concept.
+    """
+    args = argparse.Namespace(**vars(args))
+    if args.train_method is None:
+        args.train_method = "lora" if model.net_name == "transformer" else unet
+    if args.rank != RANK and args.train_method != "lora":
+        fail(f"--rank {args.rank} goes with --train-method lora, not {args.train_method}")
     return args
 
 
@@ -272,28 +309,28 @@ def target_prompts(pairs):
     return [prompt for _, prompts in pairs for prompt in prompts]
 
 
-def predict(net, xt, t, emb, prompts):
-    """The UNet's prediction (B, 4, h, w) at x_t (B, 4, h, w), t (B,) for a list of B prompts.
+def predict(model, xt, t, conditions, prompts):
+    """The network's prediction (B, C, h, w) at x_t (B, C, h, w), t (B,) for a list of B prompts.
 
-    emb: {prompt: (77, D)}.
+    conditions: {prompt: condition of one row}.
     """
-    condition = torch.stack([emb[prompt] for prompt in prompts])
-    return net(xt, t, condition).sample
+    condition = stack_conditions([conditions[prompt] for prompt in prompts])
+    return model.predict(xt, t, condition)
 
 
-def predict_both(net, xt, t, null, target):
-    """(without the prompt, with it): two predictions (B, 4, h, w) at x_t, in one pass.
+def predict_both(model, xt, t, null, target):
+    """(without the prompt, with it): two predictions (B, C, h, w) at x_t, in one pass.
 
-    t: 0-dim. null, target: (B, 77, D).
+    t: 0-dim. null, target: conditions of B rows.
     """
-    condition = torch.cat([null, target])
-    both = net(torch.cat([xt, xt]), t, condition).sample
-    return both.chunk(2)
+    condition = stack_conditions([null, target])  # of 2B rows
+    xt, t = torch.cat([xt, xt]), t.expand(2 * len(xt))
+    return model.predict(xt, t, condition).chunk(2)
 
 
-def guide(eps_null, eps_target, guidance):
-    """Classifier-free guidance: eps_null + guidance (eps_target - eps_null)."""
-    return eps_null + guidance * (eps_target - eps_null)
+def guide(pred_null, pred_target, guidance):
+    """Classifier-free guidance: pred_null + guidance (pred_target - pred_null)."""
+    return pred_null + guidance * (pred_target - pred_null)
 
 
 def ddim_scheduler(model, steps):
@@ -310,19 +347,18 @@ def ddim_scheduler(model, steps):
 # ---- 5. images ----------------------------------------------------------------------------------
 
 
-def generate_latents(args, model, emb, prompts):
-    """Image j of the original model, as a latent, from prompts[j] and seed j: (n, 4, h, w).
+def generate_latents(args, model, conditions, prompts):
+    """Image j of the original model, as a latent, from prompts[j] and seed j: (n, C, h, w).
 
-    args: with_preset's; guidance and sampling_steps are of the preset. emb: {prompt: (77, D)}.
+    args: with_preset's, which has guidance and sampling_steps. conditions: {prompt: condition}.
     """
-    condition = {prompt: {"encoder_hidden_states": e[None]} for prompt, e in emb.items()}
     chunks = []
     for i in tqdm(range(0, len(prompts), 16), f"{len(prompts)} images"):
         chunk = prompts[i : i + 16]  # 16 at a time: memory
         seeds = [derive_seed(args.seed, "samples", i + k) for k in range(len(chunk))]
         latents = model.generate_latents(
-            [condition[prompt] for prompt in chunk],
-            condition[""],
+            [conditions[prompt] for prompt in chunk],
+            conditions[""],
             seeds,
             args.resolution,
             args.sampling_steps,
@@ -356,6 +392,16 @@ def remember_batch(files, n, model, g):
     idx = torch.randint(len(files), (n,), generator=g).tolist()
     images = [read_cropped(files[i], model.sample_size) for i in idx]
     return torch.stack(images).to(model.device)
+
+
+def training_timesteps(model, n, g):
+    """n timesteps (n,) as a model of this kind is trained, by the generator g.
+
+    Uniform; flow matching: shifted towards noise.
+    """
+    if model.shift is None:
+        return torch.randint(1000, (n,), generator=g)
+    return sample_timesteps(n, g, model.shift)
 
 
 def batch_timesteps(args, g):
@@ -393,25 +439,31 @@ def write_records(args, out, log):
 
 
 def save_delta(args, out, weights, log=()):
-    """Saves the changed weights of the UNet, {name: tensor}. Returns the run folder.
+    """Saves the changed weights of the network, {name: tensor}. Returns the run folder.
 
-    Plain diffusers loads them: unet.load_state_dict(weights, strict=False).
+    Plain diffusers loads them: unet.load_state_dict(weights, strict=False), or transformer.
     """
     write_records(args, out, log)
     about = {"format": "pt", "method": args.method, "base_model": args.model}
-    atomic_save(out / "delta.safetensors", weights, metadata=about)
+    atomic_save(out / DELTA, weights, metadata=about)
     return out
 
 
-def save_lora(args, out, lora, log=()):
-    """Saves a LoRA of the UNet, {name: tensor} of peft. Returns the run folder.
+def save_lora(args, out, model, log=()):
+    """Saves the LoRA of the network. Returns the run folder.
 
     Plain diffusers loads it: pipe.load_lora_weights(folder).
     """
     write_records(args, out, log)
-    tensors = {f"unet.{name}": tensor for name, tensor in lora.items()}
-    atomic_save(out / "pytorch_lora_weights.safetensors", tensors, metadata={"format": "pt"})
+    atomic_save(out / LORA, model.lora_state(), metadata={"format": "pt"})
     return out
+
+
+def save_trained(args, out, model, weights, log):
+    """Saves what --train-method trained, a LoRA or the weights. Returns the run folder."""
+    if args.train_method == "lora":
+        return save_lora(args, out, model, log)
+    return save_delta(args, out, weights, log)
 
 
 def save_pipeline(args, out, model, log=()):

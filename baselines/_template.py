@@ -5,7 +5,8 @@ Paper: "Title", authors, venue and year, arXiv number. What is retained, and wha
     1. x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps   its equations, one to a line
     2. L   = weight |sg M(x_t, "") - M(x_t, target)|^2           sg: without gradient
 
-What its released code does differently, and what is different here.
+Families: those of backbones.py that the equations hold for. What the released code does
+differently, and what is different here.
 
     python -m baselines._template --target "Grumpy Cat" --anchor Cat
 """
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from backbones import TRAINABLE, coefficients
+from backbones import TRAINABLE, StableDiffusion, coefficients
 from baselines import (
     concept_parser,
     concept_prompts,
@@ -26,12 +27,15 @@ from baselines import (
     save_delta,
     target_prompts,
     trainable_weights,
+    training_timesteps,
     with_preset,
 )
 from common import generator
 from doco import check_coverage
 
 TASK = "concept"
+FAMILIES = (StableDiffusion,)
+WHY = "why the equations do not hold for other families; the end of the error message"
 ROWS = [
     {
         "label": "NAME",
@@ -42,10 +46,8 @@ ROWS = [
 ]
 # The presets: the paper's settings, and those for small models such as emoji/sd. A name without a
 # flag, such as num_images, becomes an attribute of args too.
-PAPER = {"steps": 100, "batch_size": 8, "lr": 1e-5}
-PAPER |= {"num_images": 1000, "guidance": 6.0, "sampling_steps": 25}
-SMALL = {"steps": 250, "batch_size": 8, "lr": 1e-4}
-SMALL |= {"num_images": 64, "guidance": 6.0, "sampling_steps": 15}
+PAPER = {"steps": 100, "batch_size": 8, "lr": 1e-5, "num_images": 1000}
+SMALL = {"steps": 250, "batch_size": 8, "lr": 1e-4, "num_images": 64}
 
 
 def parse_args(argv=None):
@@ -57,7 +59,7 @@ def parse_args(argv=None):
 
 
 def loss_name(pred_target, pred_null, weight):
-    """Eq. 2, for predictions (B, 4, h, w). 0-dim."""
+    """Eq. 2, for predictions (B, C, h, w). 0-dim."""
     return weight * F.mse_loss(pred_target, pred_null.detach())
 
 
@@ -66,13 +68,14 @@ def unlearn(args):
     # First what needs no model: a mistyped flag must not cost the minutes that loading takes.
     prompts = target_prompts(concept_prompts(args))
     out = open_run_folder(args)
-    model, emb = load_text_to_image(args, prompts)  # emb: {prompt: (77, D)}
+    # conditions: {prompt: what the network is told of it}
+    model, conditions = load_text_to_image(args, prompts, FAMILIES, WHY)
     args = with_preset(args, model, PAPER, SMALL)
 
     # Images of the target from the original model; image j is of prompt j.
     check_coverage(prompts, args.num_images, len(args.target))
     of_image = [prompts[j % len(prompts)] for j in range(args.num_images)]
-    latents = generate_latents(args, model, emb, of_image)  # (n, 4, h, w)
+    latents = generate_latents(args, model, conditions, of_image)  # (n, C, h, w)
 
     # What is trained: here K and V of the cross-attention, where prompts enter the UNet.
     weights = trainable_weights(model.net, TRAINABLE["kv"])
@@ -86,16 +89,16 @@ def unlearn(args):
         # All randomness of a step comes from g, in this order: a changed order is another result.
         g = generator(args.seed, "doco_steps", step)
         idx = torch.randint(len(latents), (batch,), generator=g)
-        t = torch.randint(1000, (batch,), generator=g).to(device)
+        t = training_timesteps(model, batch, g).to(device)
         eps = torch.randn(shape, generator=g).to(device)
 
         a, b = coefficients(t, model.alpha_bar)
-        xt = a * latents[idx] + b * eps  # Eq. 1, (B, 4, h, w)
+        xt = a * latents[idx] + b * eps  # Eq. 1, (B, C, h, w)
         # "sg" of Eq. 2: no graph, which saves memory and time.
         with torch.no_grad():
-            pred_null = predict(model.net, xt, t, emb, [""] * batch)
+            pred_null = predict(model, xt, t, conditions, [""] * batch)
         texts = [of_image[j] for j in idx]
-        pred_target = predict(model.net, xt, t, emb, texts)
+        pred_target = predict(model, xt, t, conditions, texts)
         loss = loss_name(pred_target, pred_null, args.weight)
         loss.backward()
         optimizer.step()

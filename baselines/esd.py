@@ -7,6 +7,13 @@ concept is needed, no image. Nothing is retained explicitly.
     2. y   = e0(x_t, "") - eta (e0(x_t, target) - e0(x_t, ""))     guidance of scale -eta
     3. L   = |y - M(x_t, target)|^2
 
+Families: Stable Diffusion 1.x, 2.x, XL, 3 and 3.5. Eq. 2 holds for any prediction, not for eps
+alone: a velocity of flow matching is u = (eps - x_t) / (1 - s) with s = t / 1000, and
+v = (eps - sqrt(1 - alpha_bar_t) x_t) / sqrt(alpha_bar_t). Both are eps times a factor plus a
+multiple of x_t, the same with and without the prompt; the weights of Eq. 2, 1 + eta and -eta, sum
+to 1, and so y of u or v is the one that y of eps implies. In Eq. 3 the factor weighs the timesteps.
+FLUX has no e0(x_t, ""): its guidance is distilled into the network.
+
 The paper samples every x_t anew, with the model as it is so far; the released code now samples it
 with the original model. So do we: the paths can then be sampled once, and each of their points is
 used. The guided sampler computes e0(x_t, target) and e0(x_t, "") anyway, so y costs nothing and a
@@ -23,8 +30,16 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from backbones import TRAINABLE
+from backbones import (
+    TRAINABLE,
+    StableDiffusion,
+    StableDiffusion3,
+    StableDiffusionXL,
+    expand_condition,
+    stack_conditions,
+)
 from baselines import (
+    add_weight_flags,
     concept_parser,
     concept_prompts,
     ddim_scheduler,
@@ -34,15 +49,18 @@ from baselines import (
     open_run_folder,
     predict,
     predict_both,
-    save_delta,
+    save_trained,
     target_prompts,
     trainable_weights,
     with_preset,
+    with_train_method,
 )
-from common import generator
+from common import fail, generator
 from doco import check_coverage
 
 TASK = "concept"
+FAMILIES = (StableDiffusion, StableDiffusionXL, StableDiffusion3)
+WHY = "Eq. 2 needs a pass without the prompt, and FLUX has its guidance distilled into the network"
 ROWS = [
     {
         "label": "ESD",
@@ -64,9 +82,13 @@ PAPER |= {"paths": 100, "guidance": 3.0, "sampling_steps": 50}
 # For small models: the steps and batch of doco.py, and a larger learning rate
 SMALL = {"steps": 250, "batch_size": 8, "lr": 3e-4}
 SMALL |= {"paths": 64, "guidance": 3.0, "sampling_steps": 50}
-# Their ESD-u leaves out the cross-attention, the output layers and the time embedding.
+# A LoRA, on either: the best of three rates on emoji/sd3 and the enraged face
+LORA_LR = 3e-4
+PAPER |= {"lora_lr": LORA_LR}
+SMALL |= {"lora_lr": LORA_LR}
+# Their ESD-u leaves out the cross-attention, the output layers and the time embedding. XL's pooled
+# text enters beside the time; that layer is trained, as in the released code.
 NOXATTN = r"^(?!.*(attn2\.|conv_out|conv_norm_out|time_embedding))"
-TRAINABLE = TRAINABLE | {"noxattn": NOXATTN}
 FIRST_STEP_SEED = 500_000  # path j has seed j; the steps must not repeat its noise
 
 
@@ -75,36 +97,55 @@ def parse_args(argv=None):
     parser = concept_parser(__file__, __doc__, PAPER, SMALL)
     add = parser.add_argument_group("method").add_argument
     add("--eta", type=float, default=1.0, help="of Eq. 2")
-    text = "noxattn: their ESD-u, all but the cross-attention; xattn: their ESD-x, it alone"
-    text += " (without it: noxattn for objects on large models, else xattn)"
-    add("--train-method", choices=TRAINABLE, help=text)
+    text = "noxattn: their ESD-u, all but the cross-attention of a UNet; xattn: their ESD-x, it "
+    text += "alone (without it: noxattn for objects on large models, else xattn)"
+    add_weight_flags(add, (*TRAINABLE, "noxattn"), text, LORA_LR)
     return parser.parse_args(argv)
 
 
 def default_train_method(concept_type, small):
-    """The paper's: ESD-u for objects, ESD-x for styles. Small models: ESD-x for both.
+    """The paper's, of a UNet: ESD-u for objects, ESD-x for styles. Small models: ESD-x for both.
 
     On emoji/sd, ESD-u left 87 to 97 % of the cats at each of three learning rates.
     """
     return "noxattn" if concept_type == "object" and not small else "xattn"
 
 
-def esd_target(eps_null, eps_target, eta):
-    """Eq. 2, from the original model's predictions without and with the target, (B, 4, h, w)."""
-    return eps_null - eta * (eps_target - eps_null)
+def esd_target(pred_null, pred_target, eta):
+    """Eq. 2, from the original model's predictions without and with the target, (B, C, h, w)."""
+    return pred_null - eta * (pred_target - pred_null)
+
+
+def esd_weights(args, model):
+    """{name: weight} of what --train-method trains."""
+    if args.train_method != "noxattn":
+        return model.trainable_weights(args.train_method, args.rank, args.seed)
+    return trainable_weights(model.net, NOXATTN)
+
+
+def path_scheduler(model, steps):
+    """What samples a path: DDIM; of flow matching the model's own, Euler's method.
+
+    Make one for each path: Euler's counts its steps.
+    """
+    if model.prediction_type != "flow":
+        return ddim_scheduler(model, steps)
+    scheduler = model.pipe.scheduler
+    scheduler.set_timesteps(steps, model.device)
+    return scheduler
 
 
 @torch.no_grad()
-def sample_path(unet, scheduler, x, emb, emb_null, guidance):
-    """Eq. 1: DDIM with guidance from noise x (B, 4, h, w), embeddings (B, 77, D).
+def sample_path(model, scheduler, x, target, null, guidance):
+    """Eq. 1: sampling with guidance from noise x (B, C, h, w). target, null: conditions of B rows.
 
-    Yields for each timestep: x_t, t (0-dim), and both predictions (B, 4, h, w).
+    Yields for each timestep: x_t, t (0-dim), and both predictions (B, C, h, w).
     """
     for t in scheduler.timesteps:
-        eps_null, eps_target = predict_both(unet, x, t, emb_null, emb)
-        yield x, t, eps_null, eps_target
-        eps = guide(eps_null, eps_target, guidance)
-        x = scheduler.step(eps, t, x).prev_sample
+        pred_null, pred_target = predict_both(model, x, t, null, target)
+        yield x, t, pred_null, pred_target
+        guided = guide(pred_null, pred_target, guidance)
+        x = scheduler.step(guided, t, x).prev_sample
 
 
 def path_noise(seed, j, shape):
@@ -112,21 +153,21 @@ def path_noise(seed, j, shape):
     return torch.randn(shape, generator=generator(seed, "samples", j))
 
 
-def sample_points(args, model, emb, prompts):
-    """All points of all paths: [(x_t, t, y, prompt)], x_t and y (4, h, w)."""
-    scheduler = ddim_scheduler(model, args.sampling_steps)
+def sample_points(args, model, conditions, prompts):
+    """All points of all paths: [(x_t, t, y, prompt)], x_t and y (C, h, w)."""
     shape = model.latent_shape(args.resolution)
     of_path = [prompts[j % len(prompts)] for j in range(args.paths)]
     points = []
     for i in tqdm(range(0, args.paths, 16), f"{args.paths} paths"):  # 16 at a time: memory
         chunk = of_path[i : i + 16]
         x = [path_noise(args.seed, i + k, shape) for k in range(len(chunk))]
-        x = torch.stack(x).to(model.device)  # (B, 4, h, w)
-        condition = torch.stack([emb[prompt] for prompt in chunk])  # (B, 77, D)
-        null = emb[""].expand_as(condition)
-        path = sample_path(model.net, scheduler, x, condition, null, args.guidance)
-        for xt, t, eps_null, eps_target in path:
-            y = esd_target(eps_null, eps_target, args.eta)
+        x = torch.stack(x).to(model.device)  # (B, C, h, w)
+        target = stack_conditions([conditions[prompt] for prompt in chunk])
+        null = expand_condition(conditions[""], len(chunk))
+        scheduler = path_scheduler(model, args.sampling_steps)
+        path = sample_path(model, scheduler, x, target, null, args.guidance)
+        for xt, t, pred_null, pred_target in path:
+            y = esd_target(pred_null, pred_target, args.eta)
             for k, prompt in enumerate(chunk):
                 points.append((xt[k], t, y[k], prompt))
     return points
@@ -136,14 +177,15 @@ def unlearn(args):
     """Runs ESD; returns the run folder."""
     prompts = target_prompts(concept_prompts(args))
     out = open_run_folder(args)
-    model, emb = load_text_to_image(args, prompts)
+    model, conditions = load_text_to_image(args, prompts, FAMILIES, WHY)
+    if args.train_method == "noxattn" and model.net_name == "transformer":
+        fail("--train-method noxattn: a transformer has no cross-attention that it could leave out")
+    args = with_train_method(args, model, default_train_method(args.concept_type, model.small))
     args = with_preset(args, model, PAPER, SMALL)
-    if args.train_method is None:
-        args.train_method = default_train_method(args.concept_type, model.small)
     check_coverage(prompts, args.paths, len(args.target))
-    points = sample_points(args, model, emb, prompts)
+    points = sample_points(args, model, conditions, prompts)
 
-    weights = trainable_weights(model.net, TRAINABLE[args.train_method])
+    weights = esd_weights(args, model)
     params = list(weights.values())
     optimizer = torch.optim.Adam(params, lr=args.lr, fused=True)
     log = []
@@ -151,17 +193,17 @@ def unlearn(args):
         g = generator(args.seed, "samples", FIRST_STEP_SEED + step)
         idx = torch.randint(len(points), (args.batch_size,), generator=g)
         batch = [points[i] for i in idx]
-        xt = torch.stack([point[0] for point in batch])  # (B, 4, h, w)
+        xt = torch.stack([point[0] for point in batch])  # (B, C, h, w)
         t = torch.stack([point[1] for point in batch])  # (B,)
-        y = torch.stack([point[2] for point in batch])  # (B, 4, h, w)
+        y = torch.stack([point[2] for point in batch])  # (B, C, h, w)
         texts = [point[3] for point in batch]
-        pred = predict(model.net, xt, t, emb, texts)
+        pred = predict(model, xt, t, conditions, texts)
         loss = F.mse_loss(pred, y)  # Eq. 3
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         log.append({"loss": loss.detach()})
-    return save_delta(args, out, weights, log)
+    return save_trained(args, out, model, weights, log)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,9 @@ less. And the padding after the last word tells the concept as well. With --padd
 are the vectors from the last word on, aligned as in UCE; with many prompts they leave few
 directions free.
 
+Families: Stable Diffusion 1.x and 2.x. V of a transformer sees tokens that earlier blocks have
+mixed. Stable Diffusion XL was not tried.
+
 As in the released code: R gets its variants in addition; v is of the smallest singular value that
 is not 0 for lack of rows; of --retain-prompts, those that contain a target's name are left out. It
 computes in float32, inverts G, and retains the empty prompt's 76 vectors without a file; here all
@@ -48,7 +51,7 @@ from pathlib import Path
 
 import torch
 
-from backbones import TRAINABLE
+from backbones import TRAINABLE, StableDiffusion
 from baselines import (
     concept_parser,
     load_text_to_image,
@@ -64,6 +67,8 @@ from common import fail, generator, pick_device
 from doco import read_retain_prompts
 
 TASK = "concept"
+FAMILIES = (StableDiffusion,)
+WHY = "a transformer's V sees more than the text's vectors; XL was not tried"
 ROWS = [
     # Without --retain-prompts the threshold changes nothing here: none was tried.
     {"label": "SPEED", "flags": [], "paper": []},
@@ -204,7 +209,8 @@ def unlearn(args):
     out = open_run_folder(args)
     prompts = [*retained, *target_prompts(pairs)]
     device = pick_device(mps=False)
-    model, emb = load_text_to_image(args, prompts, device)
+    model, conditions = load_text_to_image(args, prompts, FAMILIES, WHY, device)
+    emb = {prompt: c["encoder_hidden_states"][0] for prompt, c in conditions.items()}  # (77, d)
     args = with_preset(args, model, PAPER, SMALL)
 
     tokenizer, which = model.pipe.tokenizer, "from" if args.padding else "last"

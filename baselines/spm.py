@@ -13,6 +13,9 @@ transport).
              long as the target's embedding
     5. m   = max(cos(prompt, target), fraction of the target's tokens in the prompt); W + m adapter
 
+Families: Stable Diffusion 1.x and 2.x. Eq. 4 is about one text encoder's embeddings of tokens; the
+others are told a pooled embedding too, which the paper has no random anchors for.
+
 The paper: 3,000 steps, batch 1, four anchors per step, a learning rate of 1e-4 with warm-up and
 cosine restarts (constant here), AdamW in 8 bits (32 here), random sizes (one here). The released
 code feeds its anchors so that the null prompt takes the place of half of them, applies m twice, to
@@ -34,9 +37,9 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig
-from peft.utils import get_peft_model_state_dict
 from tqdm import tqdm
 
+from backbones import StableDiffusion, expand_condition, stack_conditions
 from baselines import (
     concept_parser,
     concept_prompts,
@@ -53,6 +56,8 @@ from baselines import (
 from common import generator
 
 TASK = "concept"
+FAMILIES = (StableDiffusion,)
+WHY = "the random anchors of SPM are embeddings of tokens, without a pooled one"
 ROWS = [
     {
         "label": "SPM",
@@ -124,10 +129,10 @@ def prompt_strength(pipe, settings):
 
 
 @torch.no_grad()
-def sample_xt(unet, scheduler, x, emb, null, guidance, steps):
+def sample_xt(model, scheduler, x, target, null, guidance, steps):
     """Eq. 1: the first `steps` steps of DDIM with guidance, from noise x (B, 4, h, w)."""
     for t in scheduler.timesteps[:steps]:
-        eps_null, eps_target = predict_both(unet, x, t, null, emb)
+        eps_null, eps_target = predict_both(model, x, t, null, target)
         eps = guide(eps_null, eps_target, guidance)
         x = scheduler.step(eps, t, x).prev_sample
     return x
@@ -137,7 +142,7 @@ def unlearn(args):
     """Runs SPM; returns the run folder."""
     prompts = target_prompts(concept_prompts(args))
     out = open_run_folder(args)
-    model, emb = load_text_to_image(args, prompts)
+    model, conditions = load_text_to_image(args, prompts, FAMILIES, WHY)
     args = with_preset(args, model, PAPER, SMALL)
     scheduler = ddim_scheduler(model, args.sampling_steps)
     unet = model.net
@@ -154,28 +159,29 @@ def unlearn(args):
     for step in tqdm(range(args.steps), "SPM"):
         g = generator(args.seed, "doco_steps", step)
         idx = torch.randint(len(prompts), (batch,), generator=g)
-        target = torch.stack([emb[prompts[i]] for i in idx])  # (B, 77, D)
-        null = emb[""].expand_as(target)
+        target = stack_conditions([conditions[prompts[i]] for i in idx])  # of B rows
+        null = expand_condition(conditions[""], batch)
         x = torch.randn(shape, generator=g).to(model.device)
         s = torch.randint(1, len(scheduler.timesteps), (), generator=g)
-        xt = sample_xt(unet, scheduler, x, target, null, args.guidance, s)  # (B, 4, h, w)
+        xt = sample_xt(model, scheduler, x, target, null, args.guidance, s)  # (B, 4, h, w)
         t = scheduler.timesteps[s]
-        a = random_anchors(target[0], len(anchored), g)  # (4 or B, 77, D)
+        emb = target["encoder_hidden_states"]  # (B, 77, D)
+        a = random_anchors(emb[0], len(anchored), g)  # (4 or B, 77, D)
 
         unet.disable_adapters()  # e0
         with torch.no_grad():
-            eps_null, eps_target = predict_both(unet, xt, t, null, target)
+            eps_null, eps_target = predict_both(model, xt, t, null, target)
             eps_a = unet(xt[anchored], t, a).sample
         unet.enable_adapters()  # M
         y = eps_null - args.eta * (eps_target - eps_null)  # Eq. 2
-        loss_erase = F.mse_loss(unet(xt, t, target).sample, y)  # Eq. 3
+        loss_erase = F.mse_loss(unet(xt, t, emb).sample, y)  # Eq. 3
         loss_anchoring = F.mse_loss(unet(xt[anchored], t, a).sample, eps_a)
         (loss_erase + args.anchoring * loss_anchoring).backward()
         optimizer.step()
         optimizer.zero_grad()
         row = {"loss_erase": loss_erase.detach(), "loss_anchoring": loss_anchoring.detach()}
         log.append(row)
-    return save_lora(args, out, get_peft_model_state_dict(unet), log)
+    return save_lora(args, out, model, log)
 
 
 if __name__ == "__main__":

@@ -29,14 +29,25 @@ from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
     DPMSolverMultistepScheduler,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
     UNet2DConditionModel,
     UNet2DModel,
 )
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.optim.optimizer import register_optimizer_step_pre_hook
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import (
+    AutoTokenizer,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+)
 
 import baselines  # noqa: F401, what load() puts a changed copy in place of
 
@@ -132,8 +143,8 @@ def seeded(offset):
 class Place:
     """The tiny models, and what is computed of them once for all cases."""
 
-    def __init__(self, tiny, tiny_ddpm, photos, tmp):
-        self.tmp, self.count = tmp, itertools.count()
+    def __init__(self, tiny, tiny_ddpm, others, photos, tmp):
+        self.tmp, self.count, self.others = tmp, itertools.count(), others
         # Predictions that are many times as large make gradients whose norm exceeds 1. DDIM clips
         # x_0 to [-1, 1] by default, and the configs of these schedulers say nothing about it.
         self.sd, self.loud_sd = Text(tiny, tmp / "sd", 1), Text(tiny, tmp / "loud-sd", 40)
@@ -157,6 +168,16 @@ class Place:
         image.resize((64, 64), Image.NEAREST).save(self.remember / "d-copy.png")
         self.pool = [read_image(photos / f"{n}.png") for n in ("b", "c", "d", "large")]
 
+    @cache  # noqa: B019
+    def family(self, name):
+        """The tiny model of a family, by hand."""
+        if name == "sd":
+            return self.sd
+        if name == "sd3-t5":
+            return SD3WithT5(self.others["sd3"], self.others["flux"], self.tmp / name)
+        by_hand = {"sdxl": XL, "sd3": SD3, "flux": Flux}[name]
+        return by_hand(self.others[name], self.tmp / name)
+
     def run(self, module, *flags, few=None):
         """Runs a baseline; few: changes of its small preset. Returns records and run folder."""
         module.SMALL = getattr(module, "SMALL", {}) | (few or {})
@@ -169,13 +190,16 @@ class Place:
 
 
 @pytest.fixture(scope="session")
-def place(tiny, tiny_ddpm, photos, tmp_path_factory):
-    return Place(tiny, tiny_ddpm, photos, tmp_path_factory.mktemp("place"))
+def place(tiny, tiny_ddpm, tiny_sdxl, tiny_sd3, tiny_flux, photos, tmp_path_factory):
+    others = {"sdxl": tiny_sdxl, "sd3": tiny_sd3, "flux": tiny_flux}
+    return Place(tiny, tiny_ddpm, others, photos, tmp_path_factory.mktemp("place"))
 
 
 def louder(folder, to, factor):
     """A copy of a model's folder: predictions and cross-attention are `factor` times as large."""
     shutil.copytree(folder, to)
+    if factor == 1:
+        return
     file = to / "unet/diffusion_pytorch_model.safetensors"
     loud = ("conv_out.weight", "conv_out.bias", "attn2.to_out.0.weight")
     save_file(
@@ -214,9 +238,15 @@ RETAINED = {"MOUSE": MOUSE, "LETTERS": LETTERS, "ANIMALS": [*KEPT[:5], *NAMED, *
 
 
 class Text:
-    """A text-to-image model in a folder, by hand."""
+    """A text-to-image model in a folder, by hand: Stable Diffusion 1."""
 
-    def __init__(self, tiny, folder, factor):
+    pipeline, net_class, net_name = StableDiffusionPipeline, UNet2DConditionModel, "unet"
+    absent = {"safety_checker": None, "requires_safety_checker": False}
+    shape, pixels, guidance = (4, 16, 16), 64, 6.0
+    linear = {"rows": ("attn2.to_k.weight", "attn2.to_v.weight")}  # what sees the text alone
+    lam = 50  # of UCE, for small models
+
+    def __init__(self, tiny, folder, factor=1):
         louder(tiny, folder, factor)
         scheduler = folder / "scheduler/scheduler_config.json"
         scheduler.write_text(
@@ -226,59 +256,82 @@ class Text:
         )
         self.folder = folder
         self.alpha_bar = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2, 0)
+        self.alpha_end = self.alpha_bar[0]  # what stands for a at the end of DDIM
         self.tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
-        self.encoder = CLIPTextModel.from_pretrained(folder / "text_encoder").eval()
+        self.load_encoders()
         self.original = self.load()  # stays as it is
 
+    def load_encoders(self):
+        self.encoder = CLIPTextModel.from_pretrained(self.folder / "text_encoder").eval()
+
     def load(self):
-        return UNet2DConditionModel.from_pretrained(self.folder / "unet").eval()
+        return self.net_class.from_pretrained(self.folder / self.net_name).eval()
+
+    def ids(self, text):
+        how = {"padding": "max_length", "max_length": 77, "truncation": True}
+        return self.tokenizer(text, return_tensors="pt", **how).input_ids
 
     @cache  # noqa: B019
+    @torch.no_grad()
     def emb(self, text):
-        ids = self.tokenizer(
-            text, padding="max_length", max_length=77, truncation=True, return_tensors="pt"
-        ).input_ids
-        with torch.no_grad():
-            return self.encoder(ids).last_hidden_state[0]
+        return self.encoder(self.ids(text)).last_hidden_state[0]
+
+    def vectors(self, text):
+        """{part of the text: [(embeddings (L, in), which is of the last word)]}"""
+        return {"rows": [(self.emb(text), self.last(text))]}
+
+    def last(self, text):
+        """Of the token before the end token."""
+        return max(len(self.tokenizer(text)["input_ids"]) - 2, 0)
 
     def predict(self, unet, x, t, text):
         emb = self.emb(text) if isinstance(text, str) else text
         return unet(x[None], t, emb[None]).sample[0]
 
+    def scheduler(self, config, ddim):
+        if ddim:
+            return DDIMScheduler.from_config(config, clip_sample=False)
+        return DPMSolverMultistepScheduler.from_config(config)
+
     @cache  # noqa: B019
-    def generated(self, text, j, steps, guidance=6.0, ddim=False):
-        """The latent (4, 16, 16) that plain diffusers generates from the noise of image j."""
-        pipe = StableDiffusionPipeline.from_pretrained(
-            self.folder, safety_checker=None, requires_safety_checker=False
-        )
-        scheduler = (
-            (DDIMScheduler, {"clip_sample": False}) if ddim else (DPMSolverMultistepScheduler, {})
-        )
-        pipe.scheduler = scheduler[0].from_config(pipe.scheduler.config, **scheduler[1])
+    def generated(self, text, j, steps, guidance=None, ddim=False):
+        """The latent that plain diffusers generates from the noise of image j."""
+        pipe = self.pipeline.from_pretrained(self.folder, **self.absent)
+        pipe.scheduler = self.scheduler(pipe.scheduler.config, ddim)
         pipe.set_progress_bar_config(disable=True)
-        how = {"guidance_scale": guidance, "num_inference_steps": steps, "output_type": "latent"}
+        how = {"num_inference_steps": steps, "output_type": "latent"}
+        how |= {"height": self.pixels, "width": self.pixels}
+        how["guidance_scale"] = guidance or self.guidance
         return pipe(text, generator=seeded(j), **how).images[0]
 
-    def ddim_times(self, n):
+    def path_times(self, n):
         return [1000 // n * k + 1 for k in reversed(range(n))]
 
-    def ddim(self, x, eps, t, n):
-        """One of n steps of DDIM, without a clip. This model's a_0 stands for the last a."""
-        a, before = self.alpha_bar[t], self.alpha_bar[max(t - 1000 // n, 0)]
+    def path_step(self, x, eps, t, n):
+        """One of n steps of DDIM, without a clip."""
+        a, before = self.alpha_bar[t], t - 1000 // n
+        before = self.alpha_bar[before] if before > 0 else self.alpha_end
         return before.sqrt() * (x - (1 - a).sqrt() * eps) / a.sqrt() + (1 - before).sqrt() * eps
+
+    def random_times(self, n, g):
+        return torch.randint(1000, (n,), generator=g)
 
     def noisy(self, x, t, eps):
         return self.alpha_bar[t].sqrt() * x + (1 - self.alpha_bar[t]).sqrt() * eps
+
+    def aim(self, x, eps):
+        """What the network was trained to predict."""
+        return eps
 
     @cache  # noqa: B019
     @torch.no_grad()
     def path(self, prompt, j, n, guidance=3.0):
         """A path of n steps: [(x_t, t, e0(x_t, ""), e0(x_t, prompt))], and its end."""
-        x, points = torch.randn(4, 16, 16, generator=seeded(j)), []
-        for t in self.ddim_times(n):
+        x, points = torch.randn(self.shape, generator=seeded(j)), []
+        for t in self.path_times(n):
             null, target = (self.predict(self.original, x, t, text) for text in ("", prompt))
             points.append((x, t, null, target))
-            x = self.ddim(x, null + guidance * (target - null), t, n)
+            x = self.path_step(x, null + guidance * (target - null), t, n)
         return points, x
 
     def words(self, place, *flags):
@@ -320,12 +373,16 @@ class Text:
         ]
 
     def compare(self, records, trained, loss, clip, lr, kind="AdamW", weight_decay=1e-2):
-        """Both steps have the gradient of loss(step, unet). Returns the norms of the gradients.
+        """Both steps have the gradient of loss(step, net). Returns the norms of the gradients.
 
-        trained: a function of a weight's name.
+        trained: a function of a weight's name, or "lora".
         """
-        unet, norms = self.load(), []
-        params = {n: p for n, p in unet.named_parameters() if trained(n)}
+        net, norms = self.load(), []
+        if trained == "lora":
+            net = Adapted(net, rank=16)
+            params = dict(enumerate(net.factors))
+        else:
+            params = {n: p for n, p in net.named_parameters() if trained(n)}
         assert len(records) == 2 and params
         for step, record in enumerate(records):
             assert (record.kind, record.lr, record.weight_decay) == (
@@ -335,9 +392,9 @@ class Text:
             ) and record.betas == (0.9, 0.999)
             assert [p.shape for p in params.values()] == [w.shape for w in record.weights]
             for p, w in zip(params.values(), record.weights, strict=True):
-                assert step or torch.equal(p, w)  # the first step starts from the original
+                assert step or torch.equal(p, w) or p.isnan().all()  # starts from the original
                 p.data.copy_(w)
-            grads = grads_of(loss(step, unet), list(params.values()))
+            grads = grads_of(loss(step, net), list(params.values()))
             norms.append(norm(grads).item())
             agree(record.grads, clipped(grads) if clip else grads)
         assert any(
@@ -347,59 +404,226 @@ class Text:
         return norms
 
 
+class Adapted:
+    """A transformer with W + B A for the weights W of all attention, by hand."""
+
+    ENDS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj")
+
+    def __init__(self, net, rank):
+        self.net, self.factors = net.requires_grad_(False), []
+        layers = dict(net.named_modules())
+        ends = tuple(f".attn.{end}" for end in (*self.ENDS, "to_add_out"))
+        self.layers = [n for n in layers if n.endswith(ends)]
+        for name in self.layers:
+            out, within = layers[name].weight.shape
+            # B starts at 0, A anywhere
+            self.factors += [torch.full((rank, within), torch.nan), torch.zeros(out, rank)]
+        for factor in self.factors:
+            factor.requires_grad_()
+
+    def __call__(self, *args, **more):
+        weights, changed = dict(self.net.named_parameters()), {}
+        for name, a, b in zip(self.layers, self.factors[::2], self.factors[1::2], strict=True):
+            changed[f"{name}.weight"] = weights[f"{name}.weight"] + b @ a
+        return torch.func.functional_call(self.net, changed, args, more)
+
+
+class XL(Text):
+    """Stable Diffusion XL."""
+
+    pipeline, absent = StableDiffusionXLPipeline, {}
+    shape, pixels, guidance = (4, 8, 8), 16, 5.0
+
+    def load_encoders(self):
+        self.alpha_end = torch.tensor(1.0)  # its configuration does not say otherwise
+        self.encoder = CLIPTextModel.from_pretrained(self.folder / "text_encoder").eval()
+        with_pooled = CLIPTextModelWithProjection.from_pretrained
+        self.encoder_2 = with_pooled(self.folder / "text_encoder_2").eval()
+
+    @cache  # noqa: B019
+    @torch.no_grad()
+    def both(self, text):
+        """Both encoders' last layer but one, side by side (77, 32), and the second's pooled."""
+        one, two = (
+            e(self.ids(text), output_hidden_states=True) for e in (self.encoder, self.encoder_2)
+        )
+        rows = torch.cat([one.hidden_states[-2][0], two.hidden_states[-2][0]], 1)
+        pooled = two.text_embeds[0]
+        return (rows, pooled) if text else (0 * rows, 0 * pooled)
+
+    def emb(self, text):
+        return self.both(text)[0]
+
+    def predict(self, unet, x, t, text):
+        rows, pooled = self.both(text)
+        sizes = torch.tensor([[16.0, 16, 0, 0, 16, 16]])
+        added = {"text_embeds": pooled[None], "time_ids": sizes}
+        return unet(x[None], t, rows[None], added_cond_kwargs=added).sample[0]
+
+
+class SD3(Text):
+    """Stable Diffusion 3 without T5: velocities, in times shifted by 3."""
+
+    pipeline, net_class, net_name = StableDiffusion3Pipeline, SD3Transformer2DModel, "transformer"
+    absent = {"text_encoder_3": None, "tokenizer_3": None}
+    shape, pixels, guidance = (4, 8, 8), 16, 4.0
+    linear = {"rows": ("context_embedder.weight",), "pooled": ("text_embedder.linear_1.weight",)}
+
+    def load_encoders(self):
+        folders = (self.folder / "text_encoder", self.folder / "text_encoder_2")
+        self.encoders = [CLIPTextModelWithProjection.from_pretrained(f).eval() for f in folders]
+
+    @cache  # noqa: B019
+    @torch.no_grad()
+    def encoded(self, text):
+        """Rows of CLIP (77, 32) and of T5 (256, 32), here zeros; and the pooled (32,)."""
+        both = [e(self.ids(text), output_hidden_states=True) for e in self.encoders]
+        rows = torch.cat([output.hidden_states[-2][0] for output in both], 1)
+        return rows, torch.zeros(256, 32), torch.cat([output.text_embeds[0] for output in both])
+
+    def vectors(self, text):
+        rows, _, pooled = self.encoded(text)
+        return {"rows": [(rows, self.last(text))], "pooled": [(pooled[None], 0)]}
+
+    def predict(self, net, x, t, text):
+        clip, t5, pooled = self.encoded(text)
+        rows = torch.cat([clip, t5])
+        return net(x[None], rows[None], pooled[None], torch.as_tensor(t).view(1)).sample[0]
+
+    def scheduler(self, config, ddim):
+        return StableDiffusion3Pipeline.from_pretrained(self.folder, **self.absent).scheduler
+
+    def shifted(self, s):
+        return 3 * s / (1 + 2 * s)
+
+    def path_times(self, n):
+        s = torch.linspace(1, self.shifted(1 / 1000), n)  # the scheduler shifts its end twice
+        return list(1000 * self.shifted(s))
+
+    def path_step(self, x, velocity, t, n):
+        """One of n steps of Euler's method."""
+        times = [t.item() for t in self.path_times(n)] + [0.0]
+        after = times[times.index(t.item()) + 1]
+        return x + (after - t) / 1000 * velocity
+
+    def random_times(self, n, g):
+        normal = torch.distributions.Normal(0, 1).icdf(torch.rand(n, generator=g))
+        return (1000 * self.shifted(torch.sigmoid(normal))).clamp(min=1)
+
+    def noisy(self, x, t, eps):
+        return (1 - t / 1000) * x + t / 1000 * eps
+
+    def aim(self, x, eps):
+        return eps - x
+
+
+class SD3WithT5(SD3):
+    """With T5's tokens, which the tokenizer of FLUX spells."""
+
+    def __init__(self, tiny, tiny_flux, folder):
+        small = {"d_model": 32, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+        spelling = AutoTokenizer.from_pretrained(tiny_flux / "tokenizer_2")
+        torch.manual_seed(0)
+        t5 = T5EncoderModel(T5Config(**small, vocab_size=len(spelling))).bfloat16()
+        parts = {"text_encoder_3": t5, "tokenizer_3": spelling}
+        before = folder.with_name("sd3-t5-parts")
+        StableDiffusion3Pipeline.from_pretrained(tiny, **parts).save_pretrained(before)
+        super().__init__(before, folder)
+
+    def load_encoders(self):
+        super().load_encoders()
+        self.spelling = AutoTokenizer.from_pretrained(self.folder / "tokenizer_3")
+        load = T5EncoderModel.from_pretrained
+        self.t5 = load(self.folder / "text_encoder_3", dtype=torch.bfloat16).eval()
+
+    def vectors(self, text):
+        spelled = t5_rows(self.spelling, self.t5, text, 256)
+        both = super().vectors(text)
+        return both | {"rows": [*both["rows"], spelled]}
+
+
+class Flux(Text):
+    """FLUX.1, of which only the text is done by hand."""
+
+    net_class, net_name = FluxTransformer2DModel, "transformer"
+    linear, lam = SD3.linear, 0.5  # its config has no size: it counts as a large model
+
+    def load_encoders(self):
+        super().load_encoders()
+        self.spelling = AutoTokenizer.from_pretrained(self.folder / "tokenizer_2")
+        load = T5EncoderModel.from_pretrained
+        self.t5 = load(self.folder / "text_encoder_2", dtype=torch.bfloat16).eval()
+
+    @torch.no_grad()
+    def vectors(self, text):
+        pooled = self.encoder(self.ids(text)).pooler_output
+        return {"rows": [t5_rows(self.spelling, self.t5, text, 512)], "pooled": [(pooled, 0)]}
+
+
+@torch.no_grad()
+def t5_rows(tokenizer, t5, text, length):
+    """T5's embeddings (length, D), and which is of the last token before the end token."""
+    ids = tokenizer(text)["input_ids"]
+    assert ids[-1] == tokenizer.eos_token_id
+    padded = [*ids, *[tokenizer.pad_token_id] * (length - len(ids))]
+    return t5(torch.tensor([padded])).last_hidden_state[0].float(), max(len(ids) - 2, 0)
+
+
 def esd_u(name):
     return "attn2." not in name and not name.startswith(
         ("conv_out.", "conv_norm_out.", "time_embedding.")
     )
 
 
-def check_esd(module, place, style=False):
+def check_esd(module, place, style=False, family="sd"):
     """18 paths are sampled in two parts, 16 and 2. points: by part, timestep, path."""
-    sd, n, walked = place.sd, 3, []
+    sd, n, walked = place.family(family), 3, []
     sample_path = module.sample_path
 
     def spy(*args):
-        walked.append((args[1], points := list(sample_path(*args))))
+        walked.append(points := list(sample_path(*args)))
         return points
 
     module.sample_path = spy
-    flags = sd.style(place) if style else sd.words(place, "--eta", 1.5, "--train-method", "noxattn")
+    flags = sd.style(place) if style else sd.words(place, "--eta", 1.5)
+    lora = sd.net_name == "transformer"  # its default
+    if not style and not lora:
+        flags += ["--train-method", "noxattn"]
     records, out = place.run(module, *flags, "--lr", 1e-3, few={"paths": 18, "sampling_steps": n})
     prompts, eta = (sum(STYLED, []), 1.0) if style else (TARGETS, 1.5)
     order = [(j, k) for part in (range(16), range(16, 18)) for k in range(n) for j in part]
     path = lambda j: sd.path(prompts[j % len(prompts)], j, n)  # noqa: E731
 
-    def loss(step, unet):
+    def loss(step, net):
         total = 0
         for p in torch.randint(len(order), (2,), generator=seeded(500_000 + step)).tolist():
             j, k = order[p]
             x, t, null, target = path(j)[0][k]
             y = null - eta * (target - null)
-            total += (y - sd.predict(unet, x, t, prompts[j % len(prompts)])).square().mean() / 2
+            total += (y - sd.predict(net, x, t, prompts[j % len(prompts)])).square().mean() / 2
         return total
 
-    trained = (lambda name: "attn2." in name) if style else esd_u
+    trained = "lora" if lora else (lambda name: "attn2." in name) if style else esd_u
     sd.compare(records, trained, loss, clip=False, lr=1e-3, kind="Adam", weight_decay=0)
-    assert load_file(out / "delta.safetensors").keys() == {
-        n for n, _ in sd.original.named_parameters() if trained(n)
-    }
+    if not lora:
+        assert load_file(out / "delta.safetensors").keys() == {
+            n for n, _ in sd.original.named_parameters() if trained(n)
+        }
 
     for j in (0, 1, 17):  # every point of these paths, and their ends
-        scheduler, points = walked[j // 16]
         for (x, t, null, target), (x_0, t_0, null_0, target_0) in zip(
-            points, path(j)[0], strict=True
+            walked[j // 16], path(j)[0], strict=True
         ):
             agree([x[j % 16], null[j % 16], target[j % 16]], [x_0, null_0, target_0])
-            assert t == t_0
-        end = scheduler.step(null + 3.0 * (target - null), t, x).prev_sample[j % 16]
-        agree([end], [path(j)[1]])
-        assert j == 1 or style or path(j)[1].abs().max() > 1.5  # it would be clipped
+            assert math.isclose(t, t_0, rel_tol=1e-5)
+        end = path(j)[1]
+        assert j == 1 or style or family != "sd" or end.abs().max() > 1.5  # it would be clipped
         agree([end], [sd.generated(prompts[j % len(prompts)], j, n, guidance=3.0, ddim=True)])
 
 
-def check_conabl(module, place, style=False):
+def check_conabl(module, place, style=False, family="sd"):
     """Words: small gradients, --retain l2. Style: gradients to be clipped, three target prompts."""
-    sd = place.loud_sd if style else place.sd
+    sd = place.loud_sd if style else place.family(family)
     flags = sd.style(place) if style else sd.words(place, "--retain", "l2")
     records, _ = place.run(module, *flags, "--lr", 1e-3, few={"sampling_steps": 3})
     anchors, targets = (
@@ -409,32 +633,31 @@ def check_conabl(module, place, style=False):
     )
     latent = [sd.generated(anchors[j % len(anchors)], j, 3) for j in range(4)]
 
-    def loss(step, unet):
+    def loss(step, net):
         g, total = seeded(step), 0
-        (i, i_r), (t, t_r) = (
-            torch.randint(4, (2, 2), generator=g),
-            torch.randint(1000, (2, 2), generator=g),
-        )
-        eps, eps_r = torch.randn(2, 2, 4, 16, 16, generator=g)
+        i, i_r = torch.randint(4, (2, 2), generator=g)
+        t, t_r = sd.random_times(2, g), sd.random_times(2, g)
+        eps, eps_r = torch.randn(2, 2, *sd.shape, generator=g)
         for k in range(2):
             x, entry = sd.noisy(latent[i[k]], t[k], eps[k]), i[k] % len(anchors)
             with torch.no_grad():
-                anchor = sd.predict(unet, x, t[k], anchors[entry])
+                anchor = sd.predict(net, x, t[k], anchors[entry])
             variants = targets[entry]
             total += (
-                anchor - sd.predict(unet, x, t[k], variants[step % len(variants)])
+                anchor - sd.predict(net, x, t[k], variants[step % len(variants)])
             ).square().mean() / 2
             if not style:
                 x, entry = sd.noisy(latent[i_r[k]], t_r[k], eps_r[k]), i_r[k] % len(anchors)
-                total += (
-                    eps_r[k] - sd.predict(unet, x, t_r[k], anchors[entry])
-                ).square().mean() / 2
+                aim = sd.aim(latent[i_r[k]], eps_r[k])
+                total += (aim - sd.predict(net, x, t_r[k], anchors[entry])).square().mean() / 2
         return total
 
-    norms = sd.compare(
-        records, lambda n: "attn2.to_k." in n or "attn2.to_v." in n, loss, clip=True, lr=1e-3
-    )
-    assert min(norms) > 1 if style else max(norms) < 1
+    trained = lambda n: "attn2.to_k." in n or "attn2.to_v." in n  # noqa: E731
+    if sd.net_name == "transformer":
+        trained = "lora"  # its default
+    norms = sd.compare(records, trained, loss, clip=True, lr=1e-3)
+    if family == "sd":
+        assert min(norms) > 1 if style else max(norms) < 1
 
 
 def check_spm(module, place):
@@ -451,7 +674,7 @@ def check_spm(module, place):
         for name, m in unet.named_modules()
         if ".attentions." in f".{name}" and isinstance(m, torch.nn.Linear | torch.nn.Conv2d)
     ]
-    weights, times = dict(unet.named_parameters()), sd.ddim_times(n)
+    weights, times = dict(unet.named_parameters()), sd.path_times(n)
     assert len(records) == 2
     for step, record in enumerate(records):
         assert (record.kind, record.lr, record.weight_decay, record.betas) == (
@@ -498,7 +721,7 @@ def check_spm(module, place):
             with torch.no_grad():
                 for t in times[:s]:  # with the adapter
                     null, target = (predict(x_t, t, text, adapted) for text in ("", texts[k]))
-                    x_t = sd.ddim(x_t, null + 3.0 * (target - null), t, n)
+                    x_t = sd.path_step(x_t, null + 3.0 * (target - null), t, n)
                 t = times[s]
                 null, target = (predict(x_t, t, text, {}) for text in ("", texts[k]))  # without
                 fixed = [predict(x_t, t, a, {}) for a in anchors[k::2]]
@@ -597,38 +820,42 @@ UCE = {
 }
 
 
-def check_uce(module, place, case):
+def check_uce(module, place, case, family="sd"):
     """W by least squares: rows of erased, preserved and unit vectors, by the roots of weights."""
-    sd, (flags, pairs, preserved, scales) = place.sd, UCE[case]
+    sd, (flags, pairs, preserved, scales) = place.family(family), UCE[case]
     flags = [str(place.files.get(f, f)) for f in flags]
     records, out = place.run(
         module, "--model", large_sd(place) if case == "large" else sd.folder, *flags
     )
     preserved = preserved or ["", *(guide for _, guide in pairs)]
     a, b, lam = (
-        scales.get(k, d) for k, d in (("a", 1), ("b", max(0.1, 1 / len(preserved))), ("lam", 50))
+        scales.get(k, d)
+        for k, d in (("a", 1), ("b", max(0.1, 1 / len(preserved))), ("lam", sd.lam))
     )
-    last = lambda text: max(len(sd.tokenizer(text)["input_ids"]) - 2, 0)  # noqa: E731, the token before the end token
-    erase, guide, keep = [], [], []
-    for e, g in pairs:
-        n = 1 if case == "last" else 77 - max(last(e), last(g))
-        erase += [sd.emb(e)[last(e) + k] for k in range(n)]
-        guide += [sd.emb(g)[last(g) + k] for k in range(n)]
-    for p in preserved:
-        keep += [sd.emb(p)[last(p)]] if case == "last" else list(sd.emb(p))
-    erase, guide, keep = (torch.stack(v).double() for v in (erase, guide, keep))
     edited = load_file(out / "delta.safetensors")
     original = dict(sd.original.named_parameters())
-    assert records == [] and edited.keys() == {
-        n for n in original if n.endswith(("attn2.to_k.weight", "attn2.to_v.weight"))
-    }
-    assert edited
-    for name in edited:
-        w0 = original[name].detach().double()
-        rows = torch.cat([a**0.5 * erase, b**0.5 * keep, lam**0.5 * torch.eye(32).double()])
-        aims = torch.cat([a**0.5 * guide @ w0.T, b**0.5 * keep @ w0.T, lam**0.5 * w0.T])
-        w = torch.linalg.lstsq(rows, aims).solution.T
-        agree([edited[name] - w0], [w - w0])
+    names = [n for n in original if n.endswith(sum(sd.linear.values(), ()))]
+    assert records == [] and sorted(edited) == sorted(names) != []
+    for part, ends in sd.linear.items():
+        erase, guide, keep = [], [], []
+        for e, g in pairs:
+            for (k_e, last_e), (k_g, last_g) in zip(
+                sd.vectors(e)[part], sd.vectors(g)[part], strict=True
+            ):
+                n = 1 if case == "last" else len(k_e) - max(last_e, last_g)
+                erase += [k_e[last_e + k] for k in range(n)]
+                guide += [k_g[last_g + k] for k in range(n)]
+        for p in preserved:
+            for k_p, last in sd.vectors(p)[part]:
+                keep += [k_p[last]] if case == "last" else list(k_p)
+        erase, guide, keep = (torch.stack(v).double() for v in (erase, guide, keep))
+        for name in (n for n in names if n.endswith(ends)):
+            w0 = original[name].detach().double()
+            eye = torch.eye(w0.shape[1]).double()
+            rows = torch.cat([a**0.5 * erase, b**0.5 * keep, lam**0.5 * eye])
+            aims = torch.cat([a**0.5 * guide @ w0.T, b**0.5 * keep @ w0.T, lam**0.5 * w0.T])
+            w = torch.linalg.lstsq(rows, aims).solution.T
+            agree([edited[name] - w0], [w - w0])
     settings = json.loads((out / "args.json").read_text())["settings"]
     assert settings["lamb"] == lam and math.isclose(settings["preserve_scale"], b)
 
@@ -1114,7 +1341,17 @@ CASES = {
     "conabl": (check_conabl, {}),
     "conabl style": (check_conabl, {"style": True}),
     "spm": (check_spm, {}),
+    **{
+        f"{name} {family}": (check, {"family": family})
+        for name, check in (("esd", check_esd), ("conabl", check_conabl))
+        for family in ("sdxl", "sd3")
+    },
     **{f"uce {case}": (check_uce, {"case": case}) for case in UCE},
+    **{
+        f"uce {case} {family}": (check_uce, {"case": case, "family": family})
+        for case in ("names", "last")
+        for family in ("sdxl", "sd3", "sd3-t5", "flux")
+    },
     **{f"speed {case}": (check_speed, {"case": case}) for case in SPEED},
     "forget_me_not": (check_forget_me_not, {}),
     "forget_me_not files": (check_forget_me_not, {"files": True}),
@@ -1149,7 +1386,7 @@ def test_steps_by_hand(case, place):
 # ---- 5. a changed line is noticed ---------------------------------------------------------------
 
 NO_GRAD = "        with torch.no_grad():\n"
-PRED_ANCHOR = "pred_anchor = predict(model.net, xt, t, emb, anchors)\n"
+PRED_ANCHOR = "pred_anchor = predict(model, xt, t, conditions, anchors)\n"
 CLIP = "        torch.nn.utils.clip_grad_norm_({}, 1.0)\n"
 STEP = "        optimizer.step()\n"
 ZERO = "        optimizer.zero_grad()\n"
@@ -1165,19 +1402,36 @@ ONE_IMAGE = "x_f[step // args.steps]"
 
 # (case, a piece of the source of the baseline or of baselines/__init__.py, what takes its place)
 MUTANTS = [
-    ("esd", "torch.cat([null, target])", "torch.cat([target, null])"),
-    ("esd", "predict_both(unet, x, t, emb_null, emb)", "predict_both(unet, x, t, emb, emb_null)"),
+    ("esd", "stack_conditions([null, target])", "stack_conditions([target, null])"),
+    (
+        "esd",
+        "predict_both(model, x, t, null, target)",
+        "predict_both(model, x, t, target, null)",
+    ),
     ("esd", UNCLIPPED, ")"),
-    ("esd", "eps_null - eta * (", "eps_null + eta * ("),
-    ("esd", "predict(model.net, xt, t, emb, texts)", 'predict(model.net, xt, t, emb, [""] * 2)'),
+    ("esd", "pred_null - eta * (", "pred_null + eta * ("),
+    (
+        "esd",
+        "predict(model, xt, t, conditions, texts)",
+        'predict(model, xt, t, conditions, [""] * 2)',
+    ),
     ("esd", "points.append((xt[k], t, y[k]", "points.append((xt[k], t - 1, y[k]"),
     ("esd", "path_noise(args.seed, i + k, shape)", "path_noise(args.seed, k, shape)"),
     ("esd", "FIRST_STEP_SEED + step", "step"),
     ("esd", "|time_embedding))", "))"),
     ("esd", "null, args.guidance)", "null, 1.0)"),
-    ("esd", "eps_null + guidance * (", "eps_null - guidance * ("),
+    ("esd", "pred_null + guidance * (", "pred_null - guidance * ("),
     ("esd", "optim.Adam(", "optim.AdamW("),
     ("esd", ZERO, ""),
+    ("esd sdxl", "stack_conditions([null, target])", "stack_conditions([target, null])"),
+    ("esd sd3", "stack_conditions([null, target])", "stack_conditions([target, null])"),
+    ("esd sd3", "pred_null - eta * (", "pred_null + eta * ("),
+    (
+        "esd sd3",
+        "scheduler.set_timesteps(steps, model.device)",
+        "scheduler.set_timesteps(steps + 1)",
+    ),
+    ("esd sd3", "null, args.guidance)", "null, 1.0)"),
     (
         "esd style",
         'return "noxattn" if concept_type == "object" and not small else "xattn"',
@@ -1190,11 +1444,11 @@ MUTANTS = [
         "        " + PRED_ANCHOR + "        loss_ablation = F.mse_loss\n",
     ),
     ("conabl", "[target_of[j][step % len(target_of[j])] for j in idx]", "anchors"),
-    ("conabl", PRED_ANCHOR, PRED_ANCHOR.replace("emb, anchors", 'emb, [""] * batch')),
+    ("conabl", PRED_ANCHOR, PRED_ANCHOR.replace("s, anchors", 's, [""] * batch')),
     (
         "conabl",
-        "pred_target = predict(model.net, xt, t, ",
-        "pred_target = predict(model.net, xt, t_r, ",
+        "pred_target = predict(model, xt, t, ",
+        "pred_target = predict(model, xt, t_r, ",
     ),
     ("conabl", "a * latents[idx] + b * eps  #", "a * latents[idx] + b * eps_r  #"),
     ("conabl", "prediction_target(model.prediction_type, x0_r, eps_r, a, b)", "eps"),
@@ -1212,6 +1466,11 @@ MUTANTS = [
         'derive_seed(args.seed, "samples", i + k)',
         'derive_seed(args.seed, "samples", k + 1)',
     ),
+    ("conabl sd3", "sample_timesteps(n, g, model.shift)", "sample_timesteps(n, g, 1.0)"),
+    ("conabl sd3", "sample_timesteps(n, g, model.shift)", "1000 * torch.rand(n, generator=g)"),
+    ("conabl sd3", "prediction_target(model.prediction_type, x0_r, eps_r, a, b)", "eps_r"),
+    ("conabl sd3", '"lora" if model.net_name == "transformer"', '"kv" if model.alpha_bar is None'),
+    ("conabl sdxl", PRED_ANCHOR, PRED_ANCHOR.replace("anchors", "targets")),
     ("conabl style", CLIP.format("params"), ""),
     ("conabl style", "target_of[j][step % len(target_of[j])]", "target_of[j][0]"),
     ("spm", UNCLIPPED, ")"),
@@ -1220,13 +1479,13 @@ MUTANTS = [
     ("spm", "eps_null - args.eta *", "eps_null + args.eta *"),
     ("spm", "args.anchoring * loss_anchoring", "loss_anchoring"),
     ("spm", "t = scheduler.timesteps[s]", "t = scheduler.timesteps[s - 1]"),
-    ("spm", "predict_both(unet, x, t, null, emb)", "predict_both(unet, x, t, emb, null)"),
-    ("spm", "predict_both(unet, xt, t, null, target)", "predict_both(unet, xt, t, target, null)"),
+    ("spm", "predict_both(model, x, t, null, target)", "predict_both(model, x, t, target, null)"),
+    ("spm", "predict_both(model, xt, t, null, target)", "predict_both(model, xt, t, target, null)"),
     ("spm", "guide(eps_null, eps_target, guidance)", "guide(eps_null, eps_target, 1.0)"),
     ("spm", "0.8 + 0.4 *", "1.0 + 0.4 *"),
     ("spm", "torch.arange(max(4, batch))", "torch.arange(batch)"),
     ("spm", "lora_alpha=args.rank", "lora_alpha=1"),
-    ("spm", "F.mse_loss(unet(xt, t, target).sample, y)", "F.mse_loss(unet(xt, t, null).sample, y)"),
+    ("spm", "F.mse_loss(unet(xt, t, emb).sample, y)", "F.mse_loss(unet(xt, t, 0 * emb).sample, y)"),
     ("spm", STEP, CLIP.format("weights") + STEP),
     ("uce names", '("from", "all")', '("all", "all")'),
     ("uce names", '("from", "all")', '("from", "from")'),
@@ -1238,9 +1497,18 @@ MUTANTS = [
     ),
     ("uce names", "a * g.T @ e", "a * e.T @ g"),
     ("uce names", 'TRAINABLE["kv"]', 'r"attn2.to_k"'),
-    ("uce names", "for prompt in preserved:", 'for prompt in ["", *retained]:'),
+    ("uce names sd3", "n = pipe.tokenizer.model_max_length", "n = 70"),
+    ("uce names sd3-t5", "(pipe.tokenizer_3, slice(n, None))", "(pipe.tokenizer, slice(n, None))"),
+    ("uce names sd3-t5", "(pipe.tokenizer_3, slice(n, None))", "(pipe.tokenizer_3, slice(n))"),
+    ("uce names flux", "(pipe.tokenizer_2, slice(None))", "(pipe.tokenizer, slice(None))"),
+    (
+        "uce names flux",
+        r'r"text_embedder\.linear_1\.weight"',
+        r'r"text_embedder\.linear_2\.weight"',
+    ),
+    ("uce names", "for prompt in preserved:", "for prompt in preserved[:1] + preserved[3:]:"),
     ("uce names", "for prompt in preserved:", "for prompt in preserved[1:]:"),
-    ("uce names", '["attention_mask"]) - 2', '["attention_mask"]) - 1'),
+    ("uce names", "len(ids) - 2", "len(ids) - 1"),
     ("uce scales", "lam * eye", "eye"),
     ("uce floor", "max(0.1, 1 / len(preserved))", "1 / len(preserved)"),
     ("uce large", "small if model.small else paper", "small"),
@@ -1279,8 +1547,8 @@ MUTANTS = [
     ("speed large", "small if model.small else paper", "small"),
     ("speed prompts", "erase_pairs(args, args.prompts)", "erase_pairs(args, None)"),
     ("forget_me_not", "which = idx % len(prompts)", "which = (idx + 1) % len(prompts)"),
-    ("forget_me_not", "predict(unet, xt, t, ", "predict(unet, eps, t, "),
-    ("forget_me_not", "predict(unet, xt, t, ", "predict(unet, xt, t // 2, "),
+    ("forget_me_not", "predict(model, xt, t, ", "predict(model, eps, t, "),
+    ("forget_me_not", "predict(model, xt, t, ", "predict(model, xt, t // 2, "),
     ("forget_me_not", "where[text] for text in texts", "where[prompts[0]] for text in texts"),
     ("forget_me_not", "found[k : k + len(wanted)] = True", "found[k] = True"),
     ("forget_me_not", "squares.sqrt().mean()", "squares.mean()"),

@@ -2,20 +2,29 @@
 
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMPipeline, StableDiffusionPipeline
+from diffusers import DDIMScheduler, DDPMPipeline, DiffusionPipeline, StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 from torch.distributions import Normal
 
 import baselines
 import common
-from backbones import coefficients
+from backbones import (
+    DDPM,
+    Flux,
+    StableDiffusion,
+    StableDiffusion3,
+    StableDiffusionXL,
+    coefficients,
+    load_backbone,
+)
 from baselines import conabl, duo, erasediff, esd, forget_me_not, neggrad, siss, speed, spm, uce
 from gradsurgery import flat_grad
 from instance_unlearn import mse_per_sample
@@ -27,6 +36,9 @@ CLOSED = ("speed", "uce")  # closed forms: without training, so without its flag
 TRAINED = [name for name in METHODS if name not in CLOSED]
 # The scripts that stand for all in the default run: a closed form, one of each task
 FAST = ("uce", "conabl", "neggrad")
+# FLUX has no native size that a tiny one could differ in: it is told one
+FAMILIES = {"sd": StableDiffusion, "sdxl": StableDiffusionXL, "sd3": StableDiffusion3, "flux": Flux}
+SIZE = {"flux": ["--resolution", "16"]}
 REMEMBERING = [name for name in INSTANCE if name != "duo"]
 
 
@@ -38,6 +50,11 @@ def slow_but(names):
 def random(*shape, seed=0):
     """Standard normal numbers."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def folders(tiny, tiny_sdxl, tiny_sd3, tiny_flux):
+    return {"sd": tiny, "sdxl": tiny_sdxl, "sd3": tiny_sd3, "flux": tiny_flux}
 
 
 @pytest.fixture
@@ -68,20 +85,38 @@ def test_esd_trains_what_its_paper_does():
 @torch.no_grad()
 def test_esd_paths_are_those_of_diffusers(sd):
     """sample_path follows what StableDiffusionPipeline samples by unclipped DDIM with guidance."""
+    model = load_backbone(sd.config._name_or_path)
     sd.scheduler = DDIMScheduler.from_config(sd.scheduler.config, clip_sample=False)
     sd.set_progress_bar_config(disable=True)
     noise, prompts = random(2, 4, 16, 16), ["a cat", "a dog"]
     settings = {"guidance_scale": 3.0, "num_inference_steps": 6, "output_type": "latent"}
     sampled = sd(prompts, latents=noise, **settings).images
     emb, null = sd.encode_prompt(prompts, "cpu", 1, True)
+    emb, null = ({"encoder_hidden_states": rows} for rows in (emb, null))
     sd.scheduler.set_timesteps(6)
-    path = list(esd.sample_path(sd.unet, sd.scheduler, noise, emb, null, 3.0))
+    path = list(esd.sample_path(model, sd.scheduler, noise, emb, null, 3.0))
     assert [point[1].item() for point in path] == sd.scheduler.timesteps.tolist()
     assert torch.equal(path[0][0], noise)
     xt, t, eps_null, eps_target = path[-1]
     last = sd.scheduler.step(eps_null + 3 * (eps_target - eps_null), t, xt).prev_sample
     assert torch.allclose(last, sampled, atol=1e-4)
     assert sampled.abs().max() > 2  # latents are N(0, 1), a clip would show
+
+
+@torch.no_grad()
+def test_esd_target_of_a_velocity_is_that_of_eps():
+    """u and v, from eps and x_t: y of them is the u or v that y of eps implies."""
+    xt, null, target = (random(1, 4, 8, 8, seed=k) for k in range(3))
+    y = esd.esd_target(null, target, 1.5)
+    s, alpha_bar = 0.7, torch.tensor(0.4)
+    a, b = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+    for of_eps in (lambda eps: (eps - xt) / (1 - s), lambda eps: (eps - b * xt) / a):
+        wanted = of_eps(y)
+        assert torch.allclose(esd.esd_target(of_eps(null), of_eps(target), 1.5), wanted, atol=1e-5)
+    x0 = (xt - s * null) / (1 - s)  # x_t = (1 - s) x_0 + s eps
+    assert torch.allclose((null - xt) / (1 - s), null - x0, atol=1e-5)
+    x0 = (xt - b * null) / a
+    assert torch.allclose((null - b * xt) / a, a * null - b * x0, atol=1e-5)
 
 
 def test_conabl_moves_the_target_alone():
@@ -396,7 +431,7 @@ def test_help_shows_every_default(name, capsys):
 def test_a_preset_gives_what_no_flag_gives(tiny):
     flags = ["--target", "pizza", "Grumpy Cat", "--anchor", "food", "--concept-type", "style"]
     args = conabl.parse_args([*flags, "--lr", "3e-4"])
-    model = baselines.load_backbone(str(tiny))
+    model = load_backbone(str(tiny))
     small = baselines.with_preset(args, model, conabl.PAPER, conabl.SMALL)
     assert small.steps == 250 * 2 * 2  # two targets, twice as many for a style
     assert (small.lr, small.batch_size, small.num_images) == (3e-4, 8, 64)
@@ -469,11 +504,12 @@ def test_the_template_runs_as_a_baseline_of_its_own(tmp_path, tiny):
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Few images, paths and sampling steps in the presets of small models."""
-    for name in CONCEPT:
-        small = METHODS[name].SMALL
-        few = {key: 4 for key in ("paths", "num_images", "sampling_steps") if key in small}
-        monkeypatch.setattr(METHODS[name], "SMALL", small | few)
+    """Few images, paths and sampling steps in the presets of training."""
+    for name in set(CONCEPT) & set(TRAINED):
+        for preset in ("SMALL", "PAPER"):
+            numbers = getattr(METHODS[name], preset)
+            few = {key: 4 for key in ("paths", "num_images") if key in numbers}
+            monkeypatch.setattr(METHODS[name], preset, numbers | few | {"sampling_steps": 4})
 
 
 def run_concept(name, tiny, out, *flags):
@@ -525,6 +561,33 @@ def test_concept_baselines_take_styles_and_several_targets(name, tiny, tmp_path,
     style = ["--target", "twemoji", "--anchor", "emoji", "--concept-type", "style"]
     assert weights_of(run_concept(name, tiny, tmp_path / "objects", *objects))
     assert weights_of(run_concept(name, tiny, tmp_path / "style", *style))
+
+
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [(n, f) for n in ("conabl", "esd") for f in FAMILIES if FAMILIES[f] in METHODS[n].FAMILIES],
+)
+def test_a_lora_of_a_baseline_loads_in_plain_diffusers(name, family, folders, tmp_path, quick):
+    """It is the default of transformers, and UNets take it too."""
+    flags = ["--lr", "0.1", "--rank", "4", *SIZE.get(family, [])]
+    if family.startswith("sd") and family != "sd3":
+        flags += ["--train-method", "lora"]
+    run = run_concept(name, folders[family], tmp_path / "run", *flags)
+    assert not (run / "delta.safetensors").exists()
+    lora = load_file(run / "pytorch_lora_weights.safetensors")
+    assert {len(lora[n]) for n in lora if "lora_A" in n} == {4}
+    absent = {"text_encoder_3": None, "tokenizer_3": None} if family == "sd3" else {}
+    pipe = DiffusionPipeline.from_pretrained(folders[family], dtype=torch.float32, **absent)
+    pipe.set_progress_bar_config(disable=True)
+    call = {"num_inference_steps": 2, "output_type": "latent"}
+    call |= {"height": 16, "width": 16} if family == "flux" else {}
+
+    def sample():
+        return pipe("Grumpy Cat", generator=torch.Generator().manual_seed(0), **call).images
+
+    before = sample()
+    pipe.load_lora_weights(run)
+    assert not torch.allclose(before, sample(), atol=1e-2)
 
 
 @pytest.mark.slow
@@ -702,7 +765,7 @@ def test_a_run_that_diverges_saves_nothing(name, tiny, tiny_ddpm, photos, tmp_pa
 def test_instance_baselines_refuse_other_models(name, tiny, photos, tmp_path):
     argv = ["--model", str(tiny), "--forget", str(photos / "a.png"), "--out", str(tmp_path / "run")]
     argv += ["--remember", str(photos)] if name in REMEMBERING else []
-    with pytest.raises(SystemExit, match="expected a DDPM"):
+    with pytest.raises(SystemExit, match="is a StableDiffusionPipeline; expected one of DDPM"):
         METHODS[name].unlearn(METHODS[name].parse_args(argv))
 
 
@@ -751,6 +814,51 @@ def test_speed_needs_directions_to_edit(tiny, tmp_path):
         run_concept("speed", tiny, tmp_path / "run", *flags)
     assert "\n" not in str(e.value)
     assert not (tmp_path / "run/delta.safetensors").exists()
+
+
+# What each method for concepts refuses. Those for images refuse all but a DDPM, above.
+REFUSED = [
+    (name, family)
+    for name in CONCEPT
+    for family, backbone in ({"ddpm": DDPM} | FAMILIES).items()
+    if backbone not in METHODS[name].FAMILIES
+]
+
+
+@pytest.mark.parametrize(("name", "family"), REFUSED)
+def test_other_families_are_refused_and_told_why(name, family, folders, tiny_ddpm, tmp_path):
+    model = folders.get(family, tiny_ddpm)
+    with pytest.raises(SystemExit) as e:
+        run_concept(name, model, tmp_path / "run")
+    text = str(e.value)
+    assert f"--model {model} is a " in text and "; expected one of StableDiffusion" in text
+    assert text.endswith(f": {METHODS[name].WHY}") and "\n" not in text
+    assert not (tmp_path / "run/args.json").exists()
+
+
+@pytest.mark.parametrize("name", CONCEPT)
+def test_the_docstring_names_the_families_that_a_method_takes(name):
+    """In the first sentence of a paragraph of its own."""
+    words = {"1.x": StableDiffusion, "XL": StableDiffusionXL, "3.5": StableDiffusion3}
+    words["FLUX.1"] = Flux
+    [sentence] = re.findall(r"^Families: (.*?\.)\s", METHODS[name].__doc__, re.M | re.S)
+    assert {words[word] for word in words if word in sentence} == set(METHODS[name].FAMILIES)
+
+
+BAD_FLAGS = [
+    ("esd", "sd3", ["--train-method", "noxattn"], "--train-method noxattn: a transformer has no"),
+    ("esd", "sd3", ["--rank", "0"], "--rank 0: expected at least 1"),
+    ("esd", "sdxl", ["--rank", "4"], "--rank 4 goes with --train-method lora, not xattn"),
+    ("conabl", "sd3", ["--train-method", "kv", "--rank", "4"], "goes with --train-method lora"),
+    ("conabl", "flux", ["--resolution", "18"], "--resolution 18 is no multiple of 4"),
+]
+
+
+@pytest.mark.parametrize(("name", "family", "flags", "message"), BAD_FLAGS)
+def test_flags_that_a_family_has_no_use_for(name, family, flags, message, folders, tmp_path):
+    with pytest.raises(SystemExit) as e:
+        run_concept(name, folders[family], tmp_path / "run", *flags)
+    assert message in str(e.value) and "\n" not in str(e.value)
 
 
 @pytest.mark.parametrize("name", REMEMBERING)
