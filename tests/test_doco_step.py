@@ -489,7 +489,8 @@ def test_swap_exchanges_the_weights_bitwise_and_flatten_is_a_copy():
     assert torch.equal(doco.flatten(originals), trained)
     doco.swap_weights(params, originals)
     assert torch.equal(doco.flatten(params), trained)
-    doco.unflatten(params, other)
+    for p, value in zip(params, doco.unflatten(other, params), strict=True):
+        p.data.copy_(value)
     assert torch.equal(doco.flatten(params), other) and not torch.equal(trained, other)
 
 
@@ -689,8 +690,8 @@ MUTANTS = {
     ),
     "the share is that of G_r": (
         "distill",
-        "(g - g_u).norm() / g.norm()",
-        "g_r.norm() / g.norm()",
+        "norm(g - g_u) / norm(g)",
+        "norm(g_r) / norm(g)",
     ),
     "distill's weight is not passed on": (
         "distill, lambda 0.5, weight 0.3",
@@ -874,8 +875,8 @@ MUTANTS = {
     "l2 is cp": ("l2", 'if retain == "l2":', "if False:"),
     "the norm before the projection": (
         "paper",
-        'stats["norm_g"] = g.norm()',
-        'stats["norm_g"] = g_u.norm()',
+        'stats["norm_g"] = norm(g)',
+        'stats["norm_g"] = norm(g_u)',
     ),
     "D's half holds a graph of M": ("paper", "disc(view_target.detach())", "disc(view_target)"),
     "D climbs": (
@@ -927,13 +928,13 @@ OPTIMIZER_MUTANTS = {
     ),
     "the step is not projected": (
         "projected",
-        "unflatten(params, before - projected)",
-        "unflatten(params, before - descent)",
+        "unflatten(before - projected, params)",
+        "unflatten(before - descent, params)",
     ),
     "the projected step is added to AdamW's": (
         "projected",
-        "unflatten(params, before - projected)",
-        "unflatten(params, flatten(params) - projected)",
+        "unflatten(before - projected, params)",
+        "unflatten(flatten(params) - projected, params)",
     ),
     "lambda is not used": (
         "projected, lambda 0.5",
@@ -952,7 +953,7 @@ OPTIMIZER_MUTANTS = {
         'return stats["cos"]',
         "return g @ g_r / g.norm() / g_r.norm()",
     ),
-    "the weights are not written": ("projected", "p.data.copy_(values.view_as(p))", "pass"),
+    "the weights are not written": ("projected", "p.data.copy_(value)", "pass"),
 }
 
 
