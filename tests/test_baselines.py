@@ -442,6 +442,25 @@ def test_a_preset_gives_what_no_flag_gives(tiny):
     assert (large.steps, large.num_images, large.lr) == (100, 1000, 3e-4)
 
 
+@pytest.mark.parametrize("module", (conabl, esd))
+def test_a_lora_has_a_rate_of_its_own(module, tiny):
+    """The default of a transformer, whatever the model's size; and --lr overrides it."""
+    argv, model = ["--target", "Grumpy Cat", "--anchor", "Cat"], load_backbone(str(tiny))
+    for flags, small, rate in (
+        ([], True, module.SMALL["lr"]),
+        (["--train-method", "lora"], True, module.LORA_LR),
+        (["--train-method", "lora"], False, module.LORA_LR),
+        (["--train-method", "lora", "--lr", "7e-6"], True, 7e-6),
+    ):
+        model.small = small
+        args = baselines.with_train_method(module.parse_args([*argv, *flags]), model, "xattn")
+        args = baselines.with_preset(args, model, module.PAPER, module.SMALL)
+        assert args.lr == rate and args.rank == 16 and "lora_lr" not in args
+    model.net_name = "transformer"
+    args = baselines.with_train_method(module.parse_args(argv), model, "xattn")
+    assert args.train_method == "lora"
+
+
 def test_prompt_strength_comes_from_the_module(tmp_path, sd):
     assert baselines.prompt_strength(tmp_path, sd) is None  # no args.json
     record = {"method": "esd", "settings": {"target": ["Grumpy Cat"]}}
