@@ -1,6 +1,6 @@
 """--shard: what two processes with a part of the weights each compute is what one would.
 
-Each check runs in two processes, which meet at a file; what fails in one fails the test. The whole
+The checks run in two processes, which meet at a file; what fails in one fails the test. The whole
 program with --shard: test_families.py.
 """
 
@@ -52,15 +52,18 @@ def sharded_and_whole(processes):
     return params, net, of_plain, plain, torch.randn(4, 4)
 
 
-def on_two(rank, check, store, folder):
-    """One of two processes."""
-    dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=2)
+def on_two(rank, folder):
+    """One of two processes, which makes all checks: starting it takes longer than they do."""
+    dist.init_process_group("gloo", f"file://{folder / 'store'}", rank=rank, world_size=2)
     torch.set_num_threads(1)
-    check(common.Processes(rank, 2, torch.device("cpu")), folder)
+    processes = common.Processes(rank, 2, torch.device("cpu"))
+    gradients_are_projected_over_all_shards(processes)
+    weights_are_swapped_where_fsdp_gathers_them(processes)
+    a_checkpoint_is_that_of_a_whole_run(processes, folder)
     dist.destroy_process_group()
 
 
-def gradients_are_projected_over_all_shards(processes, _):
+def gradients_are_projected_over_all_shards(processes):
     """Eq. 10 conflicts here; it and the step of AdamW after it are those of the whole network."""
     params, net, of_plain, plain, x = sharded_and_whole(processes)
     params, of_plain = list(params.values()), list(of_plain.values())
@@ -105,7 +108,7 @@ def gradients_are_projected_over_all_shards(processes, _):
     torch.testing.assert_close(net(mine), plain(mine), rtol=1e-4, atol=1e-5)
 
 
-def weights_are_swapped_where_fsdp_gathers_them(processes, _):
+def weights_are_swapped_where_fsdp_gathers_them(processes):
     """M_init and M alternate, each with and without a graph; whoever kept weights would be seen."""
     params, net, _, plain, x = sharded_and_whole(processes)
     params = list(params.values())
@@ -162,14 +165,6 @@ def a_checkpoint_is_that_of_a_whole_run(processes, folder):
     assert all(torch.equal(saved[name], whole(p.detach())) for name, p in params.items())
 
 
-CHECKS = (
-    gradients_are_projected_over_all_shards,
-    weights_are_swapped_where_fsdp_gathers_them,
-    a_checkpoint_is_that_of_a_whole_run,
-)
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
-def test_on_two_processes(check, tmp_path):
-    mp.spawn(on_two, args=(check, tmp_path / "store", tmp_path), nprocs=2)
+def test_on_two_processes(tmp_path):
+    mp.spawn(on_two, args=(tmp_path,), nprocs=2)
