@@ -82,7 +82,7 @@ PAPER |= {"paths": 100, "guidance": 3.0, "sampling_steps": 50}
 # For small models: the steps and batch of doco.py, and a larger learning rate
 SMALL = {"steps": 250, "batch_size": 8, "lr": 3e-4}
 SMALL |= {"paths": 64, "guidance": 3.0, "sampling_steps": 50}
-# A LoRA, on either: the best of three rates on emoji/sd3 and the enraged face
+# A LoRA, on either: the best of four rates on emoji/sd3 and the enraged face
 LORA_LR = 3e-4
 PAPER |= {"lora_lr": LORA_LR}
 SMALL |= {"lora_lr": LORA_LR}

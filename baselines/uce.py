@@ -14,8 +14,8 @@ Families: Stable Diffusion 1.x, 2.x, XL, 3 and 3.5, and FLUX.1. Eq. 1 is exact f
 that sees the text encoder's vectors alone. Which are edited:
 
     UNets          K and V of the cross-attention. Of XL, k has the vectors of both text encoders
-                   side by side; its pooled embedding stays as it is: the layer that takes it,
-                   add_embedding.linear_1, has the timestep and the image's size for input, too.
+                   side by side; its pooled embedding stays as it is, as in the released code:
+                   add_embedding.linear_1, the layer that takes it, takes the image's size too.
     transformers   where the text enters: context_embedder, by the vectors of the tokens, and the
                    first layer of the pooled embedding, text_embedder.linear_1, by that embedding,
                    one vector per prompt. Not K and V: they see tokens that are mixed with the image
