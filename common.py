@@ -204,10 +204,11 @@ def shard(net, processes):
         fully_shard(module, mesh=mesh, reshard_after_forward=True)
 
 
-def check_batch_size(args, processes):
-    """Fails unless the global batch can be split evenly over processes and micro-batches.
+def check_processes(args, processes):
+    """Fails on flags that do not fit the number of processes.
 
-    Also if --shard has no other process to give a part to.
+    The global batch must split evenly over processes and micro-batches; one process alone has
+    nobody to share the weights with.
     """
     if args.shard and processes.world == 1:
         fail("--shard: one process; expected several, as of torchrun --nproc-per-node 2")
@@ -306,7 +307,7 @@ def generator(seed, purpose, index=0):
 Run = namedtuple("Run", "out begun finished checkpoint log lock")
 
 # Settings that may change when a run is resumed: they do not change what is computed.
-RESUMABLE_KEYS = ("resume", "out", "save_pipeline", "gradient_checkpointing")
+RESUMABLE_KEYS = ("resume", "out", "save_pipeline", "gradient_checkpointing", "shard")
 RESUMABLE_KEYS += ("gradient_accumulation_steps",)
 
 

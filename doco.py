@@ -841,7 +841,7 @@ def fill_defaults(args, backbone, processes):
         if getattr(args, name) is None:
             setattr(args, name, value)
 
-    common.check_batch_size(args, processes)
+    common.check_processes(args, processes)
     args.mixed_precision = common.mixed_precision(args, processes.device)
     if not 0 <= args.warmup_steps <= args.steps or args.steps < 1:
         fail(

@@ -40,8 +40,8 @@ Five rules:
 - Do not wrap the model in DistributedDataParallel. flat_grad averages over ranks itself, and before
   the projection: projecting is not linear, so the average of projections is not the projection of
   the average.
-- Of a model that fully_shard (FSDP2) has cut into shards, flat vectors are cut alike. All functions
-  above the last two take them; inner products and norms are summed over the shards.
+- Of a model that fully_shard (FSDP2) has cut into shards, flat vectors are cut alike. The functions
+  down to normalized_sum take them: inner products and norms are summed over the shards.
 - An optimizer that rescales the gradient, as Adam does, takes a step that may conflict with g_r
   again. What is guaranteed is the gradient, not the step.
 """

@@ -593,7 +593,7 @@ def fill_defaults(args, backbone, processes):
     args.resolution = backbone.check_resolution(args.resolution)
 
     # The batch is split over the processes, each gets as many images.
-    common.check_batch_size(args, processes)
+    common.check_processes(args, processes)
     if args.shard and backbone.lora_targets is None:
         fail("--shard: a DDPM fits any card; leave it out")
     args.mixed_precision = common.mixed_precision(args, processes.device)

@@ -90,7 +90,7 @@ def test_ranks_split_a_batch_evenly():
     def check(batch_size, micro=1):
         sizes = {"batch_size": batch_size, "gradient_accumulation_steps": micro}
         args = SimpleNamespace(**sizes, shard=False)
-        common.check_batch_size(args, ranks[0])
+        common.check_processes(args, ranks[0])
 
     check(12)
     check(12, 4)
@@ -215,7 +215,8 @@ def test_settings_are_recorded_and_compared(tmp_path):
 
     # Where to, and whether to resume, may change; what is computed may not.
     begun = run._replace(begun=3)
-    common.record_settings(begun, settings(resume=True, init=args.init), {"--model": "ab"}, ONE)
+    how = {"resume": True, "gradient_checkpointing": True, "shard": True}  # the step is the same
+    common.record_settings(begun, settings(**how, init=args.init), {"--model": "ab"}, ONE)
     with fails("was begun with other settings (seed)"):
         common.record_settings(begun, settings(seed=1, init=args.init), {"--model": "ab"}, ONE)
     with fails("was begun with other settings (contents of --model)"):
