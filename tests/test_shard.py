@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from safetensors.torch import load_file
+from torch.distributed.fsdp import FSDPModule
 
 import common
 from doco import optimizer_step, swap_weights
@@ -47,6 +48,8 @@ def sharded_and_whole(processes):
     net = Net()
     plain = copy.deepcopy(net)
     params = common.use_memory_flags(net, FLAGS, processes)
+    # Each block for itself, or all weights would be whole at once
+    assert [isinstance(m, FSDPModule) for m in net] == [True, False, True, False, True]
     of_plain = {n: p for n, p in plain.named_parameters() if p.requires_grad}
     assert list(params) == list(of_plain)
     return params, net, of_plain, plain, torch.randn(4, 4)
