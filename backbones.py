@@ -10,7 +10,7 @@ load_backbone(model) returns one of them. All have the attributes and methods be
 training loops never ask which family it is:
 
     net, prediction_type, alpha_bar, latent_shape      the network and what it computes
-    trainable, lora_targets, add_lora                  what of it can be trained
+    trainable, train_method, lora_targets, add_lora    what of it can be trained
     encode_prompts, predict                            conditions on a prompt; runs the network
     encode, decode                                     images to what the network denoises, and back
     sample, generate_latents                           from noise, or from a prompt and a seed
@@ -145,11 +145,18 @@ def expand_condition(condition, n):
 
 # What `trainable` of a UNet names, as regular expressions on the names of its weights. attn2 is the
 # cross-attention, where the prompt enters. "kv", its keys and values, are 2 % of Stable Diffusion's
-# UNet; the released code of DoCo trains them, the paper does not say.
-TRAINABLE = {"kv": r"attn2\.to_[kv]\.", "xattn": r"attn2\.", "full": r""}
+# UNet; the released code of DoCo trains them, the paper does not say. "text": all layers that take
+# a prompt's embeddings; in Stable Diffusion 1.x and 2.x these are the same.
+KEYS_VALUES = r"attn2\.to_[kv]\."
+TRAINABLE = {"kv": KEYS_VALUES, "text": KEYS_VALUES, "xattn": r"attn2\.", "full": r""}
 # In a transformer the tokens of text and image attend to each other, in one attention. "kv": the
 # keys and values of the text there, which has weights of its own; "xattn": all of that attention.
-JOINT_TRAINABLE = {"kv": r"attn\.add_[kv]_proj\.", "xattn": r"\.attn\.", "full": r""}
+JOINT_TRAINABLE = {
+    "kv": r"attn\.add_[kv]_proj\.",
+    "text": r"^context_embedder\.|\.text_embedder\.",
+    "xattn": r"\.attn\.",
+    "full": r"",
+}
 JOINT_LORA_TARGETS = tuple(
     f"attn.{name}"
     for name in (
@@ -165,6 +172,7 @@ class Backbone:
     pipeline_class = None  # of diffusers
     net_name = "unet"  # the component that is trained
     trainable = TRAINABLE  # {name: regular expression on the names of weights}
+    train_method = "kv"  # of these, what is trained by default; "lora" adds a LoRA
     lora_targets = None  # attention projections that a LoRA adapts; None: the network trains whole
     takes_prompt = True
     # What a condition consists of: {argument of the network: argument of the pipeline}
@@ -419,6 +427,10 @@ class StableDiffusionXL(StableDiffusion):
     """StableDiffusionXLPipeline: two text encoders; the network is told the size of the image."""
 
     pipeline_class = StableDiffusionXLPipeline
+    # The pooled embedding enters beside the timestep, through two layers of its own: what a prompt
+    # means reaches the network past K and V.
+    trainable = TRAINABLE | {"text": KEYS_VALUES + r"|add_embedding\."}
+    train_method = "text"
     condition_names = {
         "encoder_hidden_states": "prompt_embeds",
         "text_embeds": "pooled_prompt_embeds",
@@ -458,6 +470,8 @@ class FlowMatching(Backbone):
 
     net_name = "transformer"
     trainable = JOINT_TRAINABLE
+    # The text's tokens change from block to block: the whole attention has a part in a concept.
+    train_method = "lora"
     lora_targets = JOINT_LORA_TARGETS
     condition_names = {
         "encoder_hidden_states": "prompt_embeds",

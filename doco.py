@@ -775,8 +775,9 @@ def parse_args(argv=None):
     add("--model", default=str(common.REPO / "emoji/sd"), help=help_text)
     add("--init", type=Path, help="earlier run folder to start from; its concepts stay unlearned")
     add("--resolution", type=int, help="side of an image in pixels (without it: the model's own)")
-    help_text = "the text's keys and values in the attention, all of that attention, the network, "
-    help_text += "or a LoRA of all attention (without it: kv; for a transformer lora)"
+    help_text = "the text's keys and values in the attention, the layers that take its embeddings, "
+    help_text += "all of that attention, the network, or a LoRA of all attention (without it: kv; "
+    help_text += "for Stable Diffusion XL text; for a transformer lora)"
     add("--train-method", choices=(*TRAINABLE, "lora"), help=help_text)
     add("--rank", type=int, default=16, help="of --train-method lora")
 
@@ -818,10 +819,8 @@ def fill_defaults(args, backbone, processes):
     values outside their range.
     """
     args = argparse.Namespace(**vars(args))  # the caller's stays as it was typed
-    # In a UNet the prompt enters through keys and values of its own. In a transformer the text's
-    # tokens change from block to block, so that the whole attention has a part in a concept.
-    small, is_transformer = backbone.small, backbone.net_name == "transformer"
-    args.train_method = args.train_method or ("lora" if is_transformer else "kv")
+    args.train_method = args.train_method or backbone.train_method
+    small = backbone.small
     preset = dict(SMALL if small else PAPER)
     if args.train_method == "lora":
         preset |= LORA_PRESET

@@ -14,8 +14,9 @@ Families: Stable Diffusion 1.x, 2.x, XL, 3 and 3.5, and FLUX.1. Eq. 1 is exact f
 that sees the text encoder's vectors alone. Which are edited:
 
     UNets          K and V of the cross-attention. Of XL, k has the vectors of both text encoders
-                   side by side; its pooled embedding stays as it is, as in the released code:
-                   add_embedding.linear_1, the layer that takes it, takes the image's size too.
+                   side by side. Its pooled embedding enters by add_embedding.linear_1, one vector
+                   per prompt: of that layer, the columns that take it, for the others take the size
+                   of the image. The released code leaves them as they are, and the target, too.
     transformers   where the text enters: context_embedder, by the vectors of the tokens, and the
                    first layer of the pooled embedding, text_embedder.linear_1, by that embedding,
                    one vector per prompt. Not K and V: they see tokens that are mixed with the image
@@ -69,9 +70,12 @@ ROWS = [
 PAPER = {"lamb": 0.5}
 SMALL = {"lamb": 50.0}
 # What of the text is linear, by the kind of network: {part of a condition: names of the weights
-# that see it alone}
+# whose first columns see it alone}
 LINEAR = {
-    "unet": {"encoder_hidden_states": TRAINABLE["kv"]},
+    "unet": {
+        "encoder_hidden_states": TRAINABLE["kv"],
+        "text_embeds": r"^add_embedding\.linear_1\.weight",  # of XL
+    },
     "transformer": {
         "encoder_hidden_states": r"^context_embedder\.weight",
         "pooled_projections": r"text_embedder\.linear_1\.weight",
@@ -116,7 +120,7 @@ def token_sequences(model, part):
     or zeros without T5. FLUX has T5's. A pooled embedding is one row, of no token: None.
     """
     pipe = model.pipe
-    if part == "pooled_projections":
+    if part in ("pooled_projections", "text_embeds"):
         return [(None, slice(None))]
     if isinstance(model, Flux):
         return [(pipe.tokenizer_2, slice(None))]
@@ -200,10 +204,12 @@ def unlearn(args):
 
     scales = args.erase_scale, args.preserve_scale, args.lamb
     edited = {}
-    for part, pattern in LINEAR[model.net_name].items():
+    for part in model.condition_names:
         vectors = vectors_of(model, conditions, part, pairs, preserved, args.last_word)
-        for name, weight in trainable_weights(model.net, pattern).items():
-            edited[name] = edit(weight.data, *vectors, *scales).float()
+        n = vectors[0].shape[1]
+        for name, weight in trainable_weights(model.net, LINEAR[model.net_name][part]).items():
+            w = edit(weight.data[:, :n], *vectors, *scales).float()
+            edited[name] = torch.cat([w, weight.data[:, n:]], 1)
     return save_delta(args, out, edited)
 
 

@@ -5,7 +5,8 @@
     python -m experiments.bench doco --arch sd-v1-4 --batch-size 1 --steps 3
     python -m experiments.bench instance --arch ddpm-celebahq-256 --batch-size 1 --steps 3
     python -m experiments.bench instance --arch sd3-medium --batch-size 1 --steps 2
-    python -m experiments.bench doco --arch sdxl --batch-size 1 --resolution 512 --steps 2
+    python -m experiments.bench doco --arch sdxl --batch-size 1 --steps 2 --only ours \\
+        --mixed-precision bf16 --gradient-checkpointing      # the peak memory of one way alone
     python -m experiments.bench build --arch sd-v1-4 --out runs/sd-v1-4      # the folder alone
     python -m experiments.bench surgery --out docs/surgery.png      # the gradient surgery by length
 
@@ -71,8 +72,8 @@ from transformers import (
 
 import doco
 import instance_unlearn
-from backbones import coefficients, load_backbone, stack_conditions
-from common import REPO, HelpFormatter, Processes, fail
+from backbones import TRAINABLE, coefficients, load_backbone, stack_conditions
+from common import REPO, HelpFormatter, Processes, fail, use_memory_flags
 from discriminator import patchgan
 from gradsurgery import forget_only, lambda_projection, write_grad
 from metrics import display_path
@@ -345,23 +346,24 @@ Bench = namedtuple("Bench", "what backbone params condition shape batch_size")
 def load(args, device):
     """Loads a model as the script does, and makes trainable what it trains. Returns a Bench.
 
-    doco: what its default trains of the family. instance: a LoRA, or the whole network of a DDPM.
+    doco: by --train-method. instance: a LoRA, or the whole network of a DDPM.
     """
     backbone = load_backbone(args.model)
     resolution = backbone.check_resolution(args.resolution)
     condition = backbone.encode_prompts([""], device)[""]
-    backbone.to(device)
-    backbone.pipe = None  # frees the VAE, as the scripts do: a step needs the network alone
+    processes = Processes(rank=0, world=1, device=device)
     if args.what == "doco":
-        # A UNet trains keys and values, a transformer a LoRA.
         settings = doco.parse_args(["--target", "a", "--anchor", "b"])
-        processes = Processes(rank=0, world=1, device=device)
+        settings.train_method = args.train_method
         settings, _ = doco.fill_defaults(settings, backbone, processes)
-        how = (settings.train_method, settings.rank, settings.seed)
-        params = list(backbone.trainable_weights(*how).values())
+        backbone.trainable_weights(settings.train_method, settings.rank, settings.seed)
     else:
         settings = instance_unlearn.parse_args(["--forget", "image.png"])
-        params = list(instance_unlearn.trainable_weights(backbone, settings).values())
+        instance_unlearn.trainable_weights(backbone, settings)
+    backbone.to(device, args.mixed_precision or "no")
+    backbone.pipe = None  # frees the VAE, as the scripts do: a step needs the network alone
+    settings.gradient_checkpointing = args.gradient_checkpointing
+    params = list(use_memory_flags(backbone.net, settings, processes).values())
     shape = backbone.latent_shape(resolution)
     return Bench(args.what, backbone, params, condition, shape, args.batch_size)
 
@@ -644,8 +646,10 @@ def memory_in_child(args, way):
     """measure_memory in a process of its own: another way leaves no memory behind."""
     command = [sys.executable, "-m", "experiments.bench", args.what, "--only", way]
     command += ["--model", str(args.model), "--batch-size", str(args.batch_size), "--steps", "2"]
-    if args.resolution:
-        command += ["--resolution", str(args.resolution)]
+    for name in ("resolution", "train_method", "mixed_precision"):
+        if value := getattr(args, name):
+            command += [f"--{name.replace('_', '-')}", str(value)]
+    command += ["--gradient-checkpointing"] if args.gradient_checkpointing else []
     done = subprocess.run(command, cwd=REPO, capture_output=True, text=True)
     if done.returncode:
         lines = done.stderr.strip().splitlines() or ["no message"]
@@ -752,6 +756,10 @@ def parse_args(argv=None):
     add("--model", help="folder or hub id (without it: emoji/sd, emoji/ddpm)")
     add("--arch", choices=ARCHS, help="in place of --model: random weights, shapes of that model")
     add("--resolution", type=int, help="side of an image in pixels (without it: the model's own)")
+    add = p.add_argument_group("training, as of the scripts").add_argument
+    add("--train-method", choices=(*TRAINABLE, "lora"), help="of doco (without it: its default)")
+    add("--mixed-precision", choices=("no", "bf16"), help="without it: no")
+    add("--gradient-checkpointing", action="store_true", help="less memory, more passes")
     add = p.add_argument_group("measurement").add_argument
     add("--batch-size", type=int, default=8, help="images per step")
     add("--steps", type=int, default=20, help="of each way; the first one warms up")

@@ -621,9 +621,18 @@ def test_trainable_names_exactly_the_intended_weights(folders, family):
         with_text = [layer for layer in cross if layer.added_kv_proj_dim is not None]
         keys_values = [part for a in with_text for part in (a.add_k_proj, a.add_v_proj)]
         assert len(with_text) == 2
-    expected = {"kv": names_of(net, keys_values), "xattn": names_of(net, cross)}
-    expected["full"] = names_of(net, [net])
+    text = {  # what takes a prompt's embeddings
+        "sd": lambda: keys_values,
+        "sdxl": lambda: [*keys_values, net.add_embedding],
+        "sd3": lambda: [net.context_embedder, net.time_text_embed.text_embedder],
+        "flux": lambda: [net.context_embedder, net.time_text_embed.text_embedder],
+    }[family]()
+    expected = {"kv": names_of(net, keys_values), "text": names_of(net, text)}
+    expected |= {"xattn": names_of(net, cross), "full": names_of(net, [net])}
     assert 0 < len(expected["kv"]) < len(expected["xattn"]) < len(expected["full"])
+    assert 0 < len(expected["text"])
+    default = {"sd": "kv", "sdxl": "text"}.get(family, "lora")
+    assert backbones.load_backbone(str(folders[family])).train_method == default
     assert backbones.load_backbone(str(folders[family])).trainable.keys() == expected.keys()
     for method, names in expected.items():
         backbone = loaded(folders[family])
@@ -676,7 +685,7 @@ def random_run(folder, backbone, method):
     return trained
 
 
-@pytest.mark.parametrize("method", ["lora", "kv"])
+@pytest.mark.parametrize("method", ["lora", "kv", "text"])
 @pytest.mark.parametrize("family", WITH_PROMPT)
 def test_what_a_run_leaves_reloads(folders, tmp_path, family, method):
     """In plain diffusers, and by load_unlearned: the same prediction as of the trained network."""
@@ -707,7 +716,7 @@ def test_what_a_run_leaves_reloads(folders, tmp_path, family, method):
 
 
 @pytest.mark.parametrize(
-    ("family", "method"), [("ddpm", None), ("sd", "kv"), ("sdxl", "kv"), ("sd3", "lora")]
+    ("family", "method"), [("ddpm", None), ("sd", "kv"), ("sdxl", "text"), ("sd3", "lora")]
 )
 def test_loading_lines_run_as_they_are(folders, tmp_path, monkeypatch, family, method):
     """In plain diffusers, in a folder of their own; Stable Diffusion 3 lacks T5."""

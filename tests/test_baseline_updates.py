@@ -433,6 +433,7 @@ class XL(Text):
 
     pipeline, absent = StableDiffusionXLPipeline, {}
     shape, pixels, guidance = (4, 8, 8), 16, 5.0
+    linear = Text.linear | {"pooled": ("add_embedding.linear_1.weight",)}
 
     def load_encoders(self):
         self.alpha_end = torch.tensor(1.0)  # its configuration does not say otherwise
@@ -453,6 +454,9 @@ class XL(Text):
 
     def emb(self, text):
         return self.both(text)[0]
+
+    def vectors(self, text):
+        return super().vectors(text) | {"pooled": [(self.both(text)[1][None], 0)]}
 
     def predict(self, unet, x, t, text):
         rows, pooled = self.both(text)
@@ -850,12 +854,14 @@ def check_uce(module, place, case, family="sd"):
                 keep += [k_p[last]] if case == "last" else list(k_p)
         erase, guide, keep = (torch.stack(v).double() for v in (erase, guide, keep))
         for name in (n for n in names if n.endswith(ends)):
-            w0 = original[name].detach().double()
+            n = erase.shape[1]  # of XL, the other columns take the size of the image
+            assert torch.equal(edited[name][:, n:], original[name][:, n:])
+            w0 = original[name].detach().double()[:, :n]
             eye = torch.eye(w0.shape[1]).double()
             rows = torch.cat([a**0.5 * erase, b**0.5 * keep, lam**0.5 * eye])
             aims = torch.cat([a**0.5 * guide @ w0.T, b**0.5 * keep @ w0.T, lam**0.5 * w0.T])
             w = torch.linalg.lstsq(rows, aims).solution.T
-            agree([edited[name] - w0], [w - w0])
+            agree([edited[name][:, :n] - w0], [w - w0])
     settings = json.loads((out / "args.json").read_text())["settings"]
     assert settings["lamb"] == lam and math.isclose(settings["preserve_scale"], b)
 
@@ -1501,6 +1507,8 @@ MUTANTS = [
     ("uce names sd3-t5", "(pipe.tokenizer_3, slice(n, None))", "(pipe.tokenizer, slice(n, None))"),
     ("uce names sd3-t5", "(pipe.tokenizer_3, slice(n, None))", "(pipe.tokenizer_3, slice(n))"),
     ("uce names flux", "(pipe.tokenizer_2, slice(None))", "(pipe.tokenizer, slice(None))"),
+    ("uce names sdxl", 'r"^add_embedding\\.linear_1', 'r"^add_embedding\\.linear_2'),
+    ("uce names sdxl", "weight.data[:, n:]], 1)", "w[:, : weight.shape[1] - n]], 1)"),
     (
         "uce names flux",
         r'r"text_embedder\.linear_1\.weight"',

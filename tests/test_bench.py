@@ -99,6 +99,22 @@ def test_ways_take_turns():
     assert all(len(times) == 3 and min(times) >= 0 for times in seconds.values())
 
 
+def test_the_flags_of_the_training_reach_the_network(tiny_sdxl):
+    """What is trained, in which precision the rest is held, and whether activations are kept."""
+    flags = ["doco", "--model", str(tiny_sdxl), "--batch-size", "1"]
+    plain = bench.load(bench.parse_args(flags), CPU)
+    more = ["--train-method", "kv", "--mixed-precision", "bf16", "--gradient-checkpointing"]
+    other = bench.load(bench.parse_args([*flags, *more]), CPU)
+    assert 0 < len(other.params) < len(plain.params)  # without add_embedding
+    assert {p.dtype for p in other.params} == {torch.float32}
+    assert {p.dtype for p in plain.backbone.net.parameters()} == {torch.float32}
+    assert {p.dtype for p in other.backbone.net.parameters()} == {torch.float32, torch.bfloat16}
+    nets = [loaded.backbone.net for loaded in (plain, other)]
+    assert [net.is_gradient_checkpointing for net in nets] == [False, True]
+    for way in bench.WAYS:
+        bench.make_step(way, other, other.backbone)()
+
+
 def test_lora_of_stable_diffusion_3(tiny_sd3):
     """Flow matching and two conditions: a step of ours runs there too."""
     args = bench.parse_args(["instance", "--model", str(tiny_sd3), "--batch-size", "2"])

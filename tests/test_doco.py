@@ -169,6 +169,7 @@ def test_a_missing_prompts_file_is_one_line(tmp_path):
 def model(small, net_name="unet"):
     """What fill_defaults asks of a model."""
     how = {"sampling_steps": 15 if small else 25, "guidance": 6.0}
+    how["train_method"] = "lora" if net_name == "transformer" else "kv"
     return types.SimpleNamespace(small=small, net_name=net_name, **how)
 
 

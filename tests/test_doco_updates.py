@@ -100,7 +100,7 @@ FAMILY_SWITCHES = {
     "v-prediction": ("v", []),
     "v-prediction, x_{t-20}": ("v", ["--disc-input", "xprev", "--stride", "20"]),
     "sdxl": ("sdxl", []),
-    "sdxl, null space": ("sdxl", ["--null-space", "0.7"]),
+    "sdxl, kv, null space": ("sdxl", ["--train-method", "kv", "--null-space", "0.7"]),
     "sd3": ("sd3", ["--train-method", "kv"]),
     "sd3, whole attention": ("sd3", ["--train-method", "xattn"]),
     "sd3, l2": ("sd3", ["--train-method", "kv", "--retain", "l2"]),
@@ -180,11 +180,16 @@ def earlier_run(tiny, tmp_path):
     return folder
 
 
-def trained_parameters(net, whole=False):
-    """{name: parameter} of the text's keys and values; whole: of the whole attention with it."""
+def trained_parameters(net, method="kv"):
+    """{name: parameter} of the text's keys and values, or of the whole attention with it.
+
+    text, of a UNet: with the layers of the pooled embedding, where it has any.
+    """
     parts = ("attn2.to_k", "attn2.to_v", "attn.add_k_proj", "attn.add_v_proj")
-    if whole:
+    if method == "xattn":
         parts = ("attn.",)
+    if method == "text":
+        parts += ("add_embedding.",)
     return {n: p for n, p in net.named_parameters() if any(part in n for part in parts)}
 
 
@@ -352,7 +357,8 @@ class Recomputation:
         self.a_bar = (1 - beta).cumprod(0).float()
         self.original = (pipe.transformer if family in ("sd3", "flux") else pipe.unet).eval()
         self.net = copy.deepcopy(self.original)
-        self.trained = trained_parameters(self.net, args.train_method == "xattn")
+        method = args.train_method or ("text" if family == "sdxl" else "kv")
+        self.trained = trained_parameters(self.net, method)
         if self.retained:
             self.retained = self.choose()
         torch.manual_seed(SEED)

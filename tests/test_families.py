@@ -110,21 +110,28 @@ def test_an_earlier_lora_is_where_a_run_begins(folders, tmp_path, family):
         unlearn(folders, family, tmp_path / "third", "--train-method", "kv", "--init", first)
 
 
-def test_uce_edits_the_keys_and_values_of_xl(folders, tmp_path):
-    """With next to no regularization, K and V of the target are the anchor's; no other changes."""
+def test_uce_edits_what_takes_the_text_of_xl(folders, tmp_path):
+    """With next to no regularization, K and V of the target are the anchor's.
+
+    So is what the pooled embedding adds to the timestep; no other weight changes.
+    """
     argv = ["--model", folders["sdxl"], *CAT, "--lamb", "1e-6", "--out", tmp_path / "run"]
     run = uce.unlearn(uce.parse_args(list(map(str, argv))))
     delta, pipe = load_file(run / "delta.safetensors"), plain(folders["sdxl"], "sdxl")
-    rows = {}
+    rows, pooled = {}, {}
     for prompt in ("Grumpy Cat", "Cat"):
-        embeddings = pipe.encode_prompt(prompt, None, "cpu", 1, False)[0][0]  # (77, 32)
+        embeddings, _, all_pooled, _ = pipe.encode_prompt(prompt, None, "cpu", 1, False)
         length = len(pipe.tokenizer(prompt).input_ids)
-        rows[prompt] = embeddings[length - 2].detach()  # of the last word, "cat"
-    assert delta and all(name.split(".")[-2] in ("to_k", "to_v") for name in delta)
+        rows[prompt] = embeddings[0, length - 2].detach()  # of the last word, "cat"
+        pooled[prompt] = all_pooled[0].detach()
+    layers = {name.split(".")[-2] for name in delta}
+    assert layers == {"to_k", "to_v", "linear_1"}
     for name, weight in delta.items():
-        original = pipe.unet.get_parameter(name)
-        before = (original @ (rows["Grumpy Cat"] - rows["Cat"])).norm()
-        after = (weight @ rows["Grumpy Cat"] - original @ rows["Cat"]).norm()
+        vectors = pooled if "linear_1" in name else rows
+        n = len(vectors["Cat"])
+        original, weight = pipe.unet.get_parameter(name)[:, :n], weight[:, :n]
+        before = (original @ (vectors["Grumpy Cat"] - vectors["Cat"])).norm()
+        after = (weight @ vectors["Grumpy Cat"] - original @ vectors["Cat"]).norm()
         assert after < 0.2 * before, name
 
 
