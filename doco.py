@@ -315,7 +315,8 @@ def optimizer_step(optimizer, params, g, g_r=None, lam=1.0, project=False):
     optimizer.zero_grad()
     if g_r is None:
         return None
-    descent = before - flatten(params)  # (n,), minus the step: it has the sign of a gradient
+    # Minus the step, which has the sign of a gradient. In place: before - flatten(params), (n,)
+    descent = flatten(params).neg_().add_(before)
     projected, stats = lambda_projection(descent, g_r, lam)  # Eq. 10
     if project:
         for p, value in zip(params, unflatten(before - projected, params), strict=True):

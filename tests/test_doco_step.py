@@ -923,8 +923,8 @@ OPTIMIZER_MUTANTS = {
     "the gradient is left": ("not measured", "    optimizer.zero_grad()\n", ""),
     "the step has the wrong sign": (
         "projected",
-        "descent = before - flatten(params)",
-        "descent = flatten(params) - before",
+        "flatten(params).neg_().add_(before)",
+        "flatten(params).sub_(before)",
     ),
     "the step is not projected": (
         "projected",
