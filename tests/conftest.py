@@ -43,6 +43,15 @@ import common
 
 TOKENIZER = common.REPO / "emoji/sd"
 
+# Files whose slow tests take longest. A worker takes a file at a time: a long one must not be last,
+# or the other worker would wait for it.
+LONGEST = ("test_reproduce.py", "test_main.py", "test_golden.py", "test_tutorial.py")
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files first."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+
 
 def text_config(tokenizer, side, **more):
     """The config of a CLIP text encoder with two layers, `side` wide."""
