@@ -328,24 +328,33 @@ class Backbone:
         scheduler.set_timesteps(steps)
         return scheduler.timesteps.to(self.device)
 
-    @torch.no_grad()
-    def sample(self, x, timesteps, condition, null_condition=None, guidance=1.0):
-        """Deterministic sampling from x (B, C, h, w), as noisy as timesteps[0], to x_0.
+    def guided(self, condition, null_condition=None, guidance=1.0):
+        """The network as a sampler sees it: a function (x_t, t (B,)) -> prediction.
 
-        With classifier-free guidance if null_condition, that of the empty prompt, is given.
+        With classifier-free guidance (Ho and Salimans 2021) if null_condition, that of the empty
+        prompt, is given: it makes one prediction of two.
         """
 
-        def guided(x, t):
-            """The prediction that classifier-free guidance makes of two (Ho and Salimans 2021)."""
+        def predict(x, t):
+            """The prediction, guided."""
             prediction = self.predict(x, t, condition)
             if null_condition is None:
                 return prediction
             unconditional = self.predict(x, t, null_condition)
             return unconditional + guidance * (prediction - unconditional)
 
+        return predict
+
+    @torch.no_grad()
+    def sample(self, x, timesteps, condition, null_condition=None, guidance=1.0):
+        """Deterministic sampling from x (B, C, h, w), as noisy as timesteps[0], to x_0."""
+        return self.sample_by(self.guided(condition, null_condition, guidance), x, timesteps)
+
+    def sample_by(self, predict, x, timesteps):
+        """The same by any function (x_t, t (B,)) -> prediction."""
         clip = not self.takes_prompt  # pixels
         return sample_deterministic(
-            guided, x, timesteps, self.prediction_type, self.alpha_bar, clip
+            predict, x, timesteps, self.prediction_type, self.alpha_bar, clip
         )
 
     def image_scheduler(self):
@@ -588,12 +597,17 @@ class Flux(FlowMatching):
         scheduler.set_timesteps(sigmas=sigmas, **more)
         return scheduler.timesteps.to(self.device)
 
-    def sample(self, x, timesteps, condition, null_condition=None, guidance=1.0):
+    def guided(self, condition, null_condition=None, guidance=1.0):
         """As for all, but the guidance is told to the network: one pass in place of two."""
-        self.scale = guidance
-        x = super().sample(x, timesteps, condition)
-        self.scale = Flux.scale
-        return x
+
+        def predict(x, t):
+            """The prediction, guided."""
+            self.scale = guidance
+            prediction = self.predict(x, t, condition)
+            self.scale = Flux.scale
+            return prediction
+
+        return predict
 
     def generate_latents(self, conditions, null, seeds, resolution, steps, guidance):
         """As for all; diffusers' pipeline returns packed latents."""

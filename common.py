@@ -287,6 +287,7 @@ SEED_OFFSETS = {
     "unconditional_samples": 800_000,
     "surrogates": 900_000,
     "retain_prompts": 950_000,
+    "attacks": 960_000,
 }
 
 
