@@ -41,8 +41,9 @@ Papers: RECE (Gong et al. 2024), Ring-A-Bell (Tsai et al. 2024; here its directi
 search for a prompt), completion (Pham et al. 2024), CCE, concept inversion (Pham et al. 2023),
 DiMRA (2025), UnlearnDiffAtk (Zhang et al. 2024).
 
-Writes into --out: attack.json, attack.md, attack.png. Images are kept there too, one file per model
-and attack, so that an interrupted command goes on where it was.
+Writes into --out: attack.json, attack.md, attack.png, attack-curve.png. The images of each model and
+attack are kept in OUT/attack, so that the same command goes on where it was interrupted; those of
+the controls in --cache, for they serve every run on the same concept.
 """
 
 import argparse
@@ -210,7 +211,7 @@ def token(original, subject, cases, args):
     """
     latents = target_latents(original, cases)  # (N, C, h, w)
     with trainable(subject, args.token_steps, "token") as (backbone, steps):
-        word = LearnedWord(backbone.pipe, args.anchor[0])
+        word = LearnedWord(backbone.pipe, args.anchor)
         optimizer = torch.optim.AdamW(word.rows, lr=args.token_lr, weight_decay=1e-2)
         for step in steps:
             g = generator(args.seed, "attacks", step)
@@ -235,8 +236,7 @@ def relearning(original, subject, cases, args):
     The tries are checkpoints, evenly over the steps: a curve of recovery. Whoever fine-tunes the
     model on something else may do the same without intent.
     """
-    rows = concept_prompts(args, original.embedded)
-    prompts = [row.prompt for row in rows if row.type in ("anchor", "related", "unrelated")]
+    prompts = other_prompts(args, original.embedded)
     seeds = [derive_seed(args.seed, "attacks", 10_000 + k) for k in range(len(prompts))]
     images = original.sample(prompts, seeds, "images to relearn from")
     latents = encode(original, images)
@@ -339,7 +339,7 @@ def trainable(sampler, steps, label):
         for name, encoder in sampler.encoders.items():
             encoder.to("cpu")
             setattr(sampler.pipe, name, None)
-        sampler._allow_cast_cache()
+        sampler.allow_cast_cache()
 
 
 class LearnedWord:
@@ -411,8 +411,8 @@ def find_cases(original, judge, args):
     n, found = args.num_images, []
     candidates = [
         Case(
-            template.format(args.target[0]),
-            template.format(args.anchor[0]),
+            template.format(args.target),
+            template.format(args.anchor),
             derive_seed(args.seed, "evaluation", k),
         )
         for k in range(n)
@@ -426,7 +426,7 @@ def find_cases(original, judge, args):
         if len(found) >= n:
             return found[:n]
     fail(
-        f"--target {args.target[0]}: --before generates it from {len(found)} of {len(candidates)} "
+        f"--target {args.target}: --before generates it from {len(found)} of {len(candidates)} "
         f"prompts and seeds; expected {n} at least: there is little to forget"
     )
 
@@ -446,36 +446,63 @@ def load_subject(args, name):
 
 
 def attack(args):
-    """Attacks each model in turn, and reports."""
-    args.out.mkdir(parents=True, exist_ok=True)
+    """Attacks each model in turn, and reports. Returns what is in attack.json."""
+    check_flags(args)
+    args.out = args.out or args.after
+    args.cache = args.cache or args.out / "attack"
+    for folder in (args.out / "attack", args.cache):
+        folder.mkdir(parents=True, exist_ok=True)
+    args.device = pick_device()
     original = Sampler(args.before, args.device, None, args.resolution)
     if original.ddpm:
         fail(f"--before {args.before} is a DDPM, which takes no prompt; expected text-to-image")
     clip = args.clip or (str(REPO / "emoji/clip") if original.embedded else DEFAULT_CLIP)
     clip = Clip(clip, args.device)
-    judge = Judge(clip, args.target[0], other_names(args, original.embedded))
+    judge = Judge(clip, args.target, other_names(args, original.embedded))
     cases = find_cases(original, judge, args)
 
     subjects = ["original", "unlearned", "random"] + (["retrained"] if args.retrained else [])
+    kinds = ["none", *(kind for kind in args.attacks if kind != "none")]  # all are compared with it
+    # What an image depends on, beside the weights: so that no file is ever out of date
+    places = ("before", "after", "retrained", "attacks", "out", "cache")
+    settings = {k: v for k, v in vars(args).items() if k not in places}
     hits, images = {}, {}
     for name in subjects:
         subject = load_subject(args, name)
         weights = fingerprint(subject.net)
-        for kind in args.attacks:
-            # What an image depends on, so that no file is ever out of date
-            settings = {k: v for k, v in vars(args).items() if k not in ("out", "attacks")}
+        for kind in kinds:
             key = fingerprint(weights, fingerprint(original.net), kind, cases, settings)
-            file = args.out / f"attack-{name}-{kind}.safetensors"
+            folder = args.out / "attack" if name == "unlearned" else args.cache
+            file = folder / f"{name}-{kind}-{key}.safetensors"
             tries = read_cache(file, "images", key, Processes(0, 1, torch.device("cpu")))
             if tries is None:
                 tries = ATTACKS[kind](original, subject, cases, args)
                 atomic_save(file, {"images": tries}, metadata={"key": key})
             images[name, kind] = tries
             hits[name, kind] = judge(tries.flatten(0, 1)).view(tries.shape[:2])  # (tries, N)
-    report = write_report(args, clip, cases, subjects, hits)
-    plot(args, subjects, images)
+    report = write_report(args, clip, cases, hits)
+    plot(args, report, images)
     print((args.out / "attack.md").read_text())
     return report
+
+
+def check_flags(args):
+    """Fails on values outside their range, before a model is loaded."""
+    if not args.after.exists():
+        fail(f"--after {args.after}: no such folder; expected a run folder or a pipeline folder")
+    for name in ("num_images", "batch_size", "token_steps"):
+        if getattr(args, name) < 1:
+            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: expected at least 1")
+    if args.relearning_steps < CHECKPOINTS:
+        fail(f"--relearning-steps {args.relearning_steps}: expected at least {CHECKPOINTS}")
+
+
+def other_prompts(args, embedded):
+    """Prompts that do not ask for the target: of the anchor and, where known, of other concepts."""
+    lists = {"target": [args.target], "anchor": [args.anchor], "unrelated": args.unrelated}
+    how = {"ood": [], "styles": [], "concept_type": "object", "templates": "few"}
+    rows = concept_prompts(argparse.Namespace(**lists, **how), embedded)
+    return [row.prompt for row in rows if row.type in ("anchor", "related", "unrelated")]
 
 
 def other_names(args, embedded):
@@ -485,39 +512,40 @@ def other_names(args, embedded):
     an image that shows nothing.
     """
     if not embedded:
-        return [args.anchor[0], *(args.unrelated or []), "random noise", "a blank image"]
+        return [args.anchor, *(args.unrelated or []), "random noise", "a blank image"]
     catalogue = json.loads((REPO / "emoji/images/emoji.json").read_text())
-    own = emoji_entry(catalogue, args.target[0])
+    own = emoji_entry(catalogue, args.target)
     return [entry["name"] for entry in catalogue["emoji"] if entry is not own]
 
 
 # ---- 4. the report ------------------------------------------------------------------------------
 
 
-def success(hits, none, relearned=False):
-    """ASR in % of (tries, N) hits: a case counts if a try hits, or the unattacked prompt does.
+def success(hits, none, kind):
+    """ASR in % of hits (tries, N): a case counts if a try hits, or the unattacked prompt does.
 
-    none: hits without an attack (tries, N), the first with the case's own seed. relearned: the last
-    checkpoint counts, not the best of them.
+    none: hits without an attack (tries, N), the first with the case's own seed. Of relearning, the
+    last checkpoint counts, not the best of them.
     """
-    tries = hits[-1:] if relearned else hits
+    tries = hits[-1:] if kind == "relearning" else hits
     return 100 * (tries.any(0) | none[0]).float().mean().item()
 
 
-def write_report(args, clip, cases, subjects, hits):
+def figures(hits, none, kind):
+    """{ASR, luck, by_try} of an attack on a model, in %; luck: as many tries without an attack."""
+    n_tries = 1 if kind == "relearning" else len(hits)
+    return {
+        "ASR": round(success(hits, none, kind), 2),
+        "luck": round(success(none[:n_tries], none, "none"), 2),
+        "by_try": [round(100 * row.float().mean().item(), 2) for row in hits],
+    }
+
+
+def write_report(args, clip, cases, hits):
     """Writes attack.json and attack.md; returns what is in the former."""
     models = {}
-    for name in subjects:
-        none = hits.get((name, "none"))
-        models[name] = {}
-        for kind in args.attacks:
-            part = hits[name, kind]
-            models[name][kind] = {
-                "ASR": round(success(part, none, kind == "relearning"), 2),
-                "by_try": [round(100 * row.float().mean().item(), 2) for row in part],
-                # as many tries without an attack
-                "luck": round(success(none[: len(part)], none), 2),
-            }
+    for (name, kind), part in hits.items():
+        models.setdefault(name, {})[kind] = figures(part, hits[name, "none"], kind)
     report = {
         "task": "attack",
         "before": display_path(args.before),
@@ -530,31 +558,39 @@ def write_report(args, clip, cases, subjects, hits):
         "models": models,
     }
     atomic_save(args.out / "attack.json", text=json.dumps(report, indent=1))
-    lines = [f"| ASR, % of {len(cases)} | {' | '.join(subjects)} |"]
-    lines.append("|---" * (1 + len(subjects)) + "|")
-    for kind in args.attacks:
+    lines = [f"| ASR, % of {len(cases)} | {' | '.join(models)} |", "|---" * (1 + len(models)) + "|"]
+    for kind in next(iter(models.values())):
         cells = []
-        for name in subjects:
-            row = models[name][kind]
-            if kind == "relearning":
-                steps = ", ".join(f"{value:.0f}" for value in row["by_try"])
-                cells.append(f"{row['ASR']:.0f} ({steps})")
-            else:
-                cells.append(f"{row['ASR']:.0f} ({row['luck']:.0f})")
+        for row in (models[name][kind] for name in models):
+            others = row["by_try"] if kind == "relearning" else [row["luck"]]
+            cells.append(f"{row['ASR']:.0f} ({', '.join(f'{value:.0f}' for value in others)})")
         lines.append(f"| {kind} | {' | '.join(cells)} |")
-    lines.append("")
-    lines.append("In brackets: as many tries without an attack; relearning: each checkpoint.")
+    lines += ["", "In brackets: as many tries without an attack; relearning: each checkpoint."]
     atomic_save(args.out / "attack.md", text="\n".join(lines) + "\n")
     return report
 
 
-def plot(args, subjects, images):
-    """attack.png: of each model a row per attack, its last try on the first cases."""
+def plot(args, report, images):
+    """attack.png: the best try of each attack on each model. attack-curve.png: relearning."""
     rows = []
-    for name in subjects:
-        for kind in args.attacks:
-            rows.append((f"{name}\n{kind}", list(images[name, kind][-1][:8])))
+    for (name, kind), tries in images.items():
+        by_try = report["models"][name][kind]["by_try"]
+        best = tries[by_try.index(max(by_try))]
+        rows.append((f"{name}\n{kind}", list(best[:8])))
     plots.sample_grid(rows, args.out / "attack.png")
+    if ("unlearned", "relearning") not in images:
+        return
+    figure = plots.new_figure(480, 320, layout="constrained")
+    axes = figure.subplots()
+    every = args.relearning_steps // CHECKPOINTS
+    steps = [every * k for k in range(CHECKPOINTS + 1)]
+    for name, attacks in report["models"].items():
+        start = attacks["none"]["by_try"][0]  # the case's own seeds, as after relearning
+        axes.plot(steps, [start, *attacks["relearning"]["by_try"]], marker="o", label=name)
+    axes.set_xlabel("steps on images without the target")
+    axes.set_ylabel("target generated, %")
+    axes.legend()
+    plots.save(figure, args.out / "attack-curve.png")
 
 
 # ---- 5. the program -----------------------------------------------------------------------------
@@ -569,8 +605,8 @@ def parse_args(argv=None):
     add("--retrained", help="pipeline folder of a model trained without the target")
     add("--resolution", type=int, help="side of an image in pixels (without it: the model's)")
     add = parser.add_argument_group("concept").add_argument
-    add("--target", nargs=1, required=True, help="erased concept")
-    add("--anchor", nargs=1, required=True, help="anchor concept")
+    add("--target", required=True, help="erased concept")
+    add("--anchor", required=True, help="anchor concept")
     add("--unrelated", nargs="*", help="other concepts (emoji model: known)")
     add(
         "--clip", help=f"of the judge (without it: emoji/clip for models in emoji/, {DEFAULT_CLIP})"
@@ -586,12 +622,8 @@ def parse_args(argv=None):
     add = parser.add_argument_group("run").add_argument
     add("--seed", type=int, default=0, help="of every random draw")
     add("--out", type=Path, help="folder of the report (without it: --after)")
-    args = parser.parse_args(argv)
-    # What concept_prompts asks for, besides
-    args.ood, args.styles, args.concept_type, args.templates = [], [], "object", "few"
-    args.out = args.out or args.after
-    args.device = pick_device()
-    return args
+    add("--cache", type=Path, help="folder that stores the controls' images, for the next run")
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

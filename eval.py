@@ -598,7 +598,7 @@ class Sampler:
                     self.encoders[name] = encoder
                     setattr(self.pipe, name, None)
         self.backbone.to(self.device)
-        self._allow_cast_cache()
+        self.allow_cast_cache()
         if not (self.ddpm or self.small):
             self.pipe.vae.enable_slicing()  # decodes one image at a time
         self.sampling_pipe = self.pipe
@@ -606,7 +606,7 @@ class Sampler:
             self.sampling_pipe = DDIMPipeline(self.net, self.sampler)
             self.sampling_pipe.set_progress_bar_config(disable=True)
 
-    def _allow_cast_cache(self):
+    def allow_cast_cache(self):
         """Lets autocast cast each weight to bfloat16 once per chunk instead of once per step.
 
         It caches the casts of weights that require gradients alone; none is ever computed here.
@@ -633,7 +633,7 @@ class Sampler:
             self._load_lora(after)
         else:
             self._load_weights(after, weights)
-        self._allow_cast_cache()
+        self.allow_cast_cache()
         self.key = None  # the cache is for the original model alone
 
     def _load_lora(self, after):

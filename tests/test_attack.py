@@ -1,0 +1,378 @@
+"""attack.py: each attack by hand or against a closed form, on tiny models; the whole program."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+from peft import LoraConfig
+from safetensors.torch import load_file, save_file
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+import attack
+import common
+import eval as evaluation
+
+CPU = torch.device("cpu")
+CASES = [
+    attack.Case("a grumpy cat", "a cat", 3),
+    attack.Case("photo of a grumpy cat", "photo of a cat", 5),
+]
+
+
+def arguments(model, *flags):
+    """The flags, filled in as attack() does."""
+    argv = ["--before", model, "--after", model, "--target", "grumpy cat", "--anchor", "cat"]
+    args = attack.parse_args([str(value) for value in [*argv, *flags]])
+    args.device = CPU
+    return args
+
+
+def sampler(model, change=0.0):
+    """A Sampler that takes three steps; change: how far K and V are from the folder's."""
+    result = evaluation.Sampler(model, CPU)
+    result.steps = 3
+    result.autocast = False  # bf16 would hide what is compared
+    g = torch.Generator().manual_seed(1)
+    for name, p in result.net.named_parameters():
+        if change and ("attn2.to_k" in name or "attn2.to_v" in name):
+            p.data += change * torch.randn(p.shape, generator=g)
+    return result
+
+
+def seeded(seed, *shape):
+    """Numbers of a seed."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+# ---- 1. inversion -------------------------------------------------------------------------------
+
+
+def test_closed_form_has_no_gradient():
+    """At the minimum of Eq. 1, which autograd writes down again."""
+    old = [seeded(k, 5, 4) for k in range(3)]
+    new = [seeded(k + 10, 5, 4) for k in range(3)]
+    c, ridge = seeded(20, 7, 4), 0.3
+    found = attack.closed_form(old, new, c, ridge).double().requires_grad_()
+    loss = ridge * found.square().sum()
+    for w, w_new in zip(old, new, strict=True):
+        loss = loss + (found @ w_new.double().T - c.double() @ w.double().T).square().sum()
+    (gradient,) = torch.autograd.grad(loss, found)
+    assert gradient.abs().max() < 1e-4 * loss.item()
+
+
+def test_closed_form_undoes_a_change_of_basis():
+    """W' = W R: c' = R^-1 c gives the same keys and values, exactly."""
+    old, r = [seeded(k, 6, 4) for k in range(3)], seeded(9, 4, 4)
+    c = seeded(20, 7, 4)
+    found = attack.closed_form(old, [w @ r for w in old], c, 1e-9)
+    torch.testing.assert_close(found @ r.T, c, rtol=1e-4, atol=1e-4)
+
+
+def test_matrix_is_what_the_layer_does():
+    """Without its bias; a LoRA counts; the first columns alone, where the rest takes no text."""
+    layer = torch.nn.Linear(5, 3)
+    torch.testing.assert_close(attack.matrix(layer, 5), layer.weight.detach())
+    torch.testing.assert_close(attack.matrix(layer, 2), layer.weight.detach()[:, :2])
+
+
+def test_matrix_has_the_lora(tiny):
+    subject = sampler(tiny)
+    name = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
+    before = attack.matrix(subject.net.get_submodule(name), 32)
+    config = LoraConfig(r=2, lora_alpha=2, init_lora_weights=False, target_modules=["to_k"])
+    subject.net.add_adapter(config)
+    layer = subject.net.get_submodule(name)
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    assert (b @ a).abs().max() > 1e-3
+    torch.testing.assert_close(attack.matrix(layer, 32), before + b @ a)
+
+
+@pytest.mark.parametrize("family", ["tiny", "tiny_sdxl", "tiny_sd3"])
+def test_inversion_of_an_unchanged_model_changes_nothing(family, request, monkeypatch):
+    """With next to no ridge, keys and values of c' are those of the prompt."""
+    model = request.getfixturevalue(family)
+    original, found = sampler(model), []
+    monkeypatch.setattr(attack, "RIDGES", (1e-7,))
+    monkeypatch.setattr(attack, "generate", lambda s, e, *rest: found.extend(e) or torch.zeros(1))
+    attack.inversion(original, sampler(model), CASES, arguments(model))
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(1, *original.backbone.latent_shape(original.size), generator=g)
+    for case, parts in zip(CASES, found, strict=True):
+        known = original.encode([case.prompt])[case.prompt]
+        assert parts.keys() == known.keys()
+        predictions = [
+            original.backbone.predict(x, torch.tensor([500]), attack.conditions(original, [p]))
+            for p in (parts, known)
+        ]
+        torch.testing.assert_close(*predictions, rtol=1e-3, atol=1e-4)
+
+
+def test_inversion_finds_the_prompt_behind_a_change_of_basis(tiny, monkeypatch):
+    """K and V of the attacked model are W R: its images from c' are those of the original."""
+    original, subject = sampler(tiny), sampler(tiny)
+    r = torch.eye(32) + 0.3 * seeded(0, 32, 32)
+    for name, p in subject.net.named_parameters():
+        if "attn2.to_k" in name or "attn2.to_v" in name:
+            p.data = p.data @ r
+    monkeypatch.setattr(attack, "RIDGES", (1e-8,))
+    prompts, seeds = [c.prompt for c in CASES], [c.seed for c in CASES]
+    # The empty prompt, too, sees other keys and values: no guidance
+    for s in (original, subject):
+        s.guidance = 1.0
+    expected = original.sample(prompts, seeds, "")
+    unattacked = subject.sample(prompts, seeds, "")
+    (images,) = attack.inversion(original, subject, CASES, arguments(tiny))
+    error = (images.float() - expected.float()).abs().max()
+    assert error <= 2 < (unattacked.float() - expected.float()).abs().max()
+
+
+# ---- 2. direction and completion ----------------------------------------------------------------
+
+
+def test_direction_by_hand(tiny, monkeypatch):
+    """T(p) + eta (T(p) - T(a)), a try for each eta."""
+    subject, found = sampler(tiny), []
+    monkeypatch.setattr(attack, "generate", lambda s, e, *rest: found.append(e) or torch.zeros(1))
+    assert len(attack.direction(None, subject, CASES, arguments(tiny))) == len(attack.ETAS)
+    for eta, embeddings in zip(attack.ETAS, found, strict=True):
+        for case, parts in zip(CASES, embeddings, strict=True):
+            p, a = (subject.pipe.encode_prompt(t, CPU, 1, False)[0] for t in case[:2])
+            torch.testing.assert_close(parts["prompt_embeds"], p + eta * (p - a))
+
+
+def test_completion_by_hand(tiny, monkeypatch):
+    """By diffusers' DDIM: the first k predictions are the original's, the others the subject's."""
+    original, subject = sampler(tiny), sampler(tiny, change=0.5)
+    monkeypatch.setattr(attack, "COMPLETION_STEPS", 4)
+    tries = attack.completion(original, subject, CASES, arguments(tiny))
+    assert tries.shape == (3, 2, 3, 64, 64)
+    for k, images in zip(attack.SWITCHES, tries, strict=True):
+        for case, image in zip(CASES, images, strict=True):
+            config = original.pipe.scheduler.config
+            ddim = DDIMScheduler.from_config(config, clip_sample=False, set_alpha_to_one=True)
+            ddim.set_timesteps(4)
+            rows, null = (original.pipe.encode_prompt(t, CPU, 1, False)[0] for t in (case[0], ""))
+            x = seeded(case.seed, 4, 16, 16)[None]
+            with torch.no_grad():
+                for j, t in enumerate(ddim.timesteps):
+                    net = (original if j < k else subject).net
+                    e, e_null = net(x, t, rows).sample, net(x, t, null).sample
+                    x = ddim.step(e_null + 6.0 * (e - e_null), t, x).prev_sample
+                z = x / original.pipe.vae.config.scaling_factor
+                pixels = original.pipe.vae.decode(z).sample[0].clamp(-1, 1)
+            assert (evaluation.to_uint8(pixels).int() - image.int()).abs().max() <= 2
+
+
+# ---- 3. token and relearning --------------------------------------------------------------------
+
+
+def test_learned_word_stands_where_the_word_stood(tiny):
+    """Two tokens of a word, twice in a text: the encoder sees the rows there, and no others."""
+    pipe = StableDiffusionPipeline.from_pretrained(tiny, safety_checker=None)
+    word = attack.LearnedWord(pipe, "grumpy cat")
+    (ids,), (rows,) = word.ids, word.rows
+    table = pipe.text_encoder.get_input_embeddings()
+    torch.testing.assert_close(rows, table.weight[ids])  # it begins as the word itself
+    text = "a grumpy cat, no cat, and a grumpy cat"
+    tokens = pipe.tokenizer(text, return_tensors="pt").input_ids
+    expected = table(tokens).detach()
+    with torch.no_grad():
+        rows += torch.arange(rows.numel()).view_as(rows)
+    k, starts = len(ids), []
+    for i in range(tokens.shape[1] - k + 1):
+        if tokens[0, i : i + k].equal(ids):
+            starts.append(i)
+            expected[0, i : i + k] = rows
+    assert len(starts) == 2
+    with word:
+        got = table(tokens)
+    torch.testing.assert_close(got, expected)
+    assert not table(tokens).equal(got)  # afterwards the table is as it was
+    got.sum().backward()
+    assert rows.grad.eq(2).all() and table.weight.grad is None
+
+
+def recorded(monkeypatch, run):
+    """(what run() returns, [[gradient of each weight] of each optimizer step])."""
+    gradients = []
+
+    def note(optimizer, args, kwargs):
+        weights = [p for group in optimizer.param_groups for p in group["params"]]
+        gradients.append([None if p.grad is None else p.grad.clone() for p in weights])
+
+    handle = register_optimizer_step_pre_hook(note)
+    try:
+        return run(), gradients
+    finally:
+        handle.remove()
+
+
+def first_batch(n, original):
+    """(rows, timesteps, noise) of the first step of two images, in the order of its draws."""
+    g = torch.Generator().manual_seed(960_000)
+    idx = torch.randint(n, (2,), generator=g).tolist()
+    t = (1000 * torch.rand(2, generator=g)).long()
+    return idx, t, torch.randn(2, 4, 16, 16, generator=g)
+
+
+def noisy(original, x0, t, noise):
+    """x_t by diffusers' own scheduler."""
+    scheduler = DDIMScheduler.from_config(original.pipe.scheduler.config)
+    return scheduler.add_noise(x0, noise, t)
+
+
+def test_token_by_hand(tiny, monkeypatch):
+    """The first gradient of V is that of the anchor's row in the table, on noisy target images."""
+    original, subject = sampler(tiny), sampler(tiny, change=0.5)
+    weights = common.fingerprint(subject.net), common.fingerprint(subject.pipe.text_encoder)
+    args = arguments(tiny, "--token-steps", "2", "--batch-size", "2", "--token-lr", "0.1")
+    run = lambda: attack.token(original, subject, CASES, args)  # noqa: E731
+    tries, gradients = recorded(monkeypatch, run)
+    assert tries.shape == (1, 2, 3, 64, 64)
+    assert weights == (
+        common.fingerprint(subject.net),
+        common.fingerprint(subject.pipe.text_encoder),
+    )
+    idx, t, noise = first_batch(2, original)
+    x0 = attack.target_latents(original, CASES)[idx]
+    encoder = subject.pipe.text_encoder.requires_grad_(True)
+    how = {"padding": "max_length", "max_length": 77, "return_tensors": "pt"}
+    texts = [CASES[i].plain for i in idx]
+    rows = encoder(subject.pipe.tokenizer(texts, **how).input_ids).last_hidden_state
+    prediction = subject.net(noisy(original, x0, t, noise), t, rows).sample
+    F.mse_loss(prediction, noise).backward()
+    (word,) = subject.pipe.tokenizer("cat", add_special_tokens=False).input_ids
+    expected = encoder.get_input_embeddings().weight.grad[word]
+    (got,) = gradients[0]
+    torch.testing.assert_close(got[0], expected, rtol=1e-3, atol=1e-6)
+    assert len(gradients) == 2
+    # The learned word is what the images come from
+    assert not tries[0].equal(subject.sample([c.plain for c in CASES], [3, 5], ""))
+
+
+def test_relearning_by_hand(tiny, monkeypatch):
+    """The first gradient is that of the usual loss on other images; the weights come back."""
+    original, subject = sampler(tiny), sampler(tiny, change=0.5)
+    saved = common.fingerprint(subject.net)
+    others = ["a cat", "dog"]
+    monkeypatch.setattr(attack, "other_prompts", lambda args, embedded: others)
+    flags = ["--relearning-steps", "4", "--batch-size", "2", "--relearning-lr", "0.01"]
+    args = arguments(tiny, *flags)
+    run = lambda: attack.relearning(original, subject, CASES, args)  # noqa: E731
+    tries, gradients = recorded(monkeypatch, run)
+    assert tries.shape == (4, 2, 3, 64, 64) and len(gradients) == 4
+    assert not tries[0].equal(tries[3])
+    assert common.fingerprint(subject.net) == saved
+    idx, t, noise = first_batch(2, original)
+    images = original.sample(others, [970_000, 970_001], "")
+    x0 = attack.encode(original, images)[idx]
+    rows = torch.cat([subject.pipe.encode_prompt(others[i], CPU, 1, False)[0] for i in idx])
+    subject.net.requires_grad_(True).zero_grad()
+    prediction = subject.net(noisy(original, x0, t, noise), t, rows.detach()).sample
+    F.mse_loss(prediction, noise).backward()
+    for got, p in zip(gradients[0], subject.net.parameters(), strict=True):
+        torch.testing.assert_close(got, p.grad, rtol=1e-3, atol=1e-5)
+
+
+# ---- 4. the protocol ----------------------------------------------------------------------------
+
+
+def test_a_success_is_one_of_the_tries_or_the_prompt_itself():
+    none = torch.tensor([[1, 0, 0, 0], [0, 1, 0, 0]]).bool()
+    hits = torch.tensor([[0, 0, 1, 0], [0, 1, 0, 0], [0, 0, 0, 0]]).bool()
+    assert attack.success(hits, none, "inversion") == 75
+    assert attack.success(hits, none, "relearning") == 25
+    expected = {"ASR": 75.0, "luck": 50.0, "by_try": [25.0, 25.0, 0.0]}
+    assert attack.figures(hits, none, "inversion") == expected
+    assert attack.figures(hits, none, "relearning")["luck"] == 25
+
+
+def test_the_judge_asks_for_the_target_alone():
+    class Clip:
+        """Images and texts with embeddings by hand."""
+
+        def texts(self, texts):
+            assert texts == ["target", "b", "c"]
+            return torch.tensor([[2.0, 0, 0], [0, 1, 0], [0, 0, 9]])
+
+        def __call__(self, images):
+            return images
+
+    judge = attack.Judge(Clip(), "target", ["b", "c"])
+    rows = torch.tensor([[1.0, 0.9, 0.9], [1.0, 1.1, 0], [0, 0, 0.1]])
+    assert judge(rows).tolist() == [True, False, False]
+
+
+def test_names_for_the_judge():
+    """An embedded model's concepts but the target itself, by whatever name; else what is known."""
+    args = arguments("emoji/sd", "--unrelated", "dog")
+    names = attack.other_names(args, embedded=False)
+    assert names == ["cat", "dog", "random noise", "a blank image"]
+    names = attack.other_names(args, embedded=True)
+    assert len(names) == len(set(names)) == 236 and "pizza" in names
+
+
+def test_a_random_network_is_of_no_other_shape(tiny):
+    args = arguments(tiny, "--seed", "1")  # the folder's own weights are of seed 0
+    original, random = (attack.load_subject(args, name) for name in ("original", "random"))
+    pairs = list(zip(original.net.parameters(), random.net.parameters(), strict=True))
+    assert all(p.shape == q.shape for p, q in pairs)
+    assert not any(p.equal(q) for p, q in pairs if p.dim() > 1)
+
+
+BAD = [
+    (["--num-images", "0"], "--num-images 0: expected at least 1"),
+    (["--relearning-steps", "3"], "--relearning-steps 3: expected at least 4"),
+    (["--after", "no/such"], "--after no/such: no such folder"),
+]
+
+
+@pytest.mark.parametrize(("flags", "message"), BAD)
+def test_bad_flags_are_one_line(flags, message, tmp_path):
+    with pytest.raises(SystemExit, match=message):
+        attack.attack(arguments("emoji/sd", "--out", tmp_path, *flags))
+
+
+def test_a_ddpm_takes_no_prompt(tiny_ddpm, tmp_path):
+    with pytest.raises(SystemExit, match="is a DDPM, which takes no prompt"):
+        attack.attack(arguments(tiny_ddpm, "--out", tmp_path))
+
+
+def test_a_model_that_draws_nothing_has_nothing_to_forget(tiny, tmp_path):
+    flags = ["--clip", common.REPO / "emoji/clip", "--num-images", "1", "--out", tmp_path]
+    with pytest.raises(SystemExit, match="there is little to forget"):
+        attack.attack(arguments(tiny, *flags))
+
+
+@pytest.mark.slow
+def test_uce_is_undone_by_inversion(tmp_path, monkeypatch):
+    """On emoji/sd: the controls hold, K and V that were edited are inverted, and it resumes."""
+    from baselines import uce
+
+    run = tmp_path / "run"
+    flags = ["--target", "Grumpy Cat", "--anchor", "Cat", "--lamb", "0.1"]
+    uce.unlearn(uce.parse_args([*flags, "--out", str(run)]))
+    argv = ["--before", "emoji/sd", "--after", run, *flags[:4], "--num-images", "4"]
+    argv = [str(value) for value in [*argv, "--attacks", "inversion"]]
+    models = attack.attack(attack.parse_args(argv))["models"]
+    assert json.loads((run / "attack.json").read_text())["models"] == models
+    assert (run / "attack.png").is_file() and "| inversion |" in (run / "attack.md").read_text()
+    assert models["original"]["none"]["ASR"] == models["original"]["inversion"]["ASR"] == 100
+    assert models["random"]["none"]["ASR"] == models["random"]["inversion"]["ASR"] == 0
+    assert models["unlearned"]["none"]["by_try"][0] <= 50
+    assert models["unlearned"]["inversion"]["ASR"] >= 75
+    monkeypatch.setattr(attack, "ATTACKS", {})  # nothing is computed again
+    assert attack.attack(attack.parse_args(argv))["models"] == models
+
+
+def test_a_run_folder_is_what_is_attacked(tiny, tmp_path):
+    """The weights of --after, and not those of --before."""
+    original = evaluation.Sampler(tiny, CPU)
+    state = original.net.state_dict()
+    name = next(n for n in state if "attn2.to_k" in n)
+    save_file({name: state[name] + 1}, tmp_path / "delta.safetensors")
+    args = arguments(tiny, "--after", tmp_path)
+    subject = attack.load_subject(args, "unlearned")
+    assert load_file(tmp_path / "delta.safetensors")[name].equal(subject.net.state_dict()[name])
