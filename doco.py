@@ -315,7 +315,8 @@ def optimizer_step(optimizer, params, g, g_r=None, lam=1.0, project=False):
     optimizer.zero_grad()
     if g_r is None:
         return None
-    # Minus the step, which has the sign of a gradient. In place: before - flatten(params), (n,)
+    # Minus the step, which has the sign of a gradient: before - flatten(params), (n,). In place: of
+    # all weights of a large model, a vector is gigabytes.
     descent = flatten(params).neg_().add_(before)
     projected, stats = lambda_projection(descent, g_r, lam)  # Eq. 10
     if project:
@@ -820,6 +821,7 @@ def fill_defaults(args, backbone, processes):
     values outside their range.
     """
     args = argparse.Namespace(**vars(args))  # the caller's stays as it was typed
+    # Where the prompt enters the network differs between the families; so does what is trained.
     args.train_method = args.train_method or backbone.train_method
     small = backbone.small
     preset = dict(SMALL if small else PAPER)

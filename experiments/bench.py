@@ -360,6 +360,8 @@ def load(args, device):
     else:
         settings = instance_unlearn.parse_args(["--forget", "image.png"])
         instance_unlearn.trainable_weights(backbone, settings)
+    # In the scripts' order: what is trained by now keeps its precision. Then --train-method and the
+    # flags of memory mean here what they mean there.
     backbone.to(device, args.mixed_precision or "no")
     backbone.pipe = None  # frees the VAE, as the scripts do: a step needs the network alone
     settings.gradient_checkpointing = args.gradient_checkpointing

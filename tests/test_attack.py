@@ -236,7 +236,7 @@ def test_token_by_hand(tiny, monkeypatch):
         common.fingerprint(subject.pipe.text_encoder),
     )
     idx, t, noise = first_batch(2, original)
-    x0 = attack.target_latents(original, CASES)[idx]
+    x0 = attack.encode(original, attack.draw(original, CASES, ""))[idx]
     encoder = subject.pipe.text_encoder.requires_grad_(True)
     how = {"padding": "max_length", "max_length": 77, "return_tensors": "pt"}
     texts = [CASES[i].plain for i in idx]
