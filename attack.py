@@ -443,19 +443,19 @@ class LearnedWord:
 
 
 class Judge:
-    """Does an image show the target? CLIP must prefer the target's name to all the others."""
+    """Does an image show the target? CLIP must prefer one of the target's names to all others."""
 
-    def __init__(self, clip, target, others):
-        """clip: a Clip of metrics.py; others: names."""
-        self.clip = clip
-        texts = clip.texts([target, *others])  # (1 + m, d)
+    def __init__(self, clip, names, others):
+        """clip: a Clip of metrics.py; names: m of the target; others: of what else there is."""
+        self.clip, self.m = clip, len(names)
+        texts = clip.texts([*names, *others])  # (m + number of others, d)
         self.texts = F.normalize(texts, dim=-1)
 
     def __call__(self, images):
         """uint8 (n, 3, H, W) -> bool (n,)."""
         embeddings = F.normalize(self.clip(images), dim=-1)  # (n, d)
-        similarity = embeddings @ self.texts.T  # (n, 1 + m)
-        return similarity.argmax(1) == 0
+        similarity = embeddings @ self.texts.T  # (n, m + number of others)
+        return similarity.argmax(1) < self.m
 
 
 # ---- 3. the models and the cases ----------------------------------------------------------------
@@ -511,7 +511,7 @@ def attack(args):
         fail(f"--before {args.before} is a DDPM, which takes no prompt; expected text-to-image")
     clip = args.clip or (str(REPO / "emoji/clip") if original.embedded else DEFAULT_CLIP)
     clip = Clip(clip, args.device)
-    judge = Judge(clip, args.target, other_names(args, original.embedded))
+    judge = Judge(clip, *names_to_judge(args, original.embedded))
     cases = find_cases(original, judge, args)
 
     subjects = ["original", "unlearned", "random"]
@@ -546,8 +546,10 @@ def check_flags(args):
     if not args.after.exists():
         fail(f"--after {args.after}: no such folder; expected a run folder or a pipeline folder")
     for name in ("num_images", "batch_size", "token_steps"):
-        if getattr(args, name) < 1:
-            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: expected at least 1")
+        value = getattr(args, name)
+        flag = name.replace("_", "-")
+        if value < 1:
+            fail(f"--{flag} {value}: expected at least 1")
     if args.relearning_steps < CHECKPOINTS:
         fail(f"--relearning-steps {args.relearning_steps}: expected at least {CHECKPOINTS}")
 
@@ -560,17 +562,24 @@ def other_prompts(args, embedded):
     return [row.prompt for row in rows if row.type in ("anchor", "related", "unrelated")]
 
 
-def other_names(args, embedded):
-    """What the judge may decide for in place of the target.
+def names_to_judge(args, embedded):
+    """(the target's names, what the judge may decide for in their place).
 
-    For an embedded model the names of all its concepts; else the anchor, --unrelated, and texts for
-    an image that shows nothing.
+    For an embedded model its synonyms, and the names of all its other concepts; else the anchor,
+    --unrelated, and texts for an image that shows nothing.
     """
+    names, others = [args.target], [args.anchor]
     if not embedded:
-        return [args.anchor, *(args.unrelated or []), "random noise", "a blank image"]
-    catalogue = json.loads((REPO / "emoji/images/emoji.json").read_text())
+        others += args.unrelated or []
+        others += ["random noise", "a blank image"]
+        return names, others
+    file = REPO / "emoji/images/emoji.json"
+    catalogue = json.loads(file.read_text())
     own = emoji_entry(catalogue, args.target)
-    return [entry["name"] for entry in catalogue["emoji"] if entry is not own]
+    if own:
+        names += [own["name"], *own["synonyms"]]
+    others = [entry["name"] for entry in catalogue["emoji"] if entry is not own]
+    return list(dict.fromkeys(names)), others
 
 
 # ---- 4. the report ------------------------------------------------------------------------------

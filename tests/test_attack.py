@@ -294,24 +294,26 @@ def test_the_judge_asks_for_the_target_alone():
         """Images and texts with embeddings by hand."""
 
         def texts(self, texts):
-            assert texts == ["target", "b", "c"]
-            return torch.tensor([[2.0, 0, 0], [0, 1, 0], [0, 0, 9]])
+            assert texts == ["target", "synonym", "b", "c"]
+            return torch.tensor([[2.0, 0, 0, 0], [0, 3, 0, 0], [0, 0, 1, 0], [0, 0, 0, 9]])
 
         def __call__(self, images):
             return images
 
-    judge = attack.Judge(Clip(), "target", ["b", "c"])
-    rows = torch.tensor([[1.0, 0.9, 0.9], [1.0, 1.1, 0], [0, 0, 0.1]])
-    assert judge(rows).tolist() == [True, False, False]
+    judge = attack.Judge(Clip(), ["target", "synonym"], ["b", "c"])
+    rows = [[1.0, 0, 0.9, 0.9], [0, 1.0, 0.9, 0], [1.0, 0, 1.1, 0], [0, 0, 0, 0.1]]
+    assert judge(torch.tensor(rows)).tolist() == [True, True, False, False]
 
 
 def test_names_for_the_judge():
     """An embedded model's concepts but the target itself, by whatever name; else what is known."""
     args = arguments("emoji/sd", "--unrelated", "dog")
-    names = attack.other_names(args, embedded=False)
-    assert names == ["cat", "dog", "random noise", "a blank image"]
-    names = attack.other_names(args, embedded=True)
-    assert len(names) == len(set(names)) == 236 and "pizza" in names
+    names, others = attack.names_to_judge(args, embedded=False)
+    assert names == ["grumpy cat"]
+    assert others == ["cat", "dog", "random noise", "a blank image"]
+    names, others = attack.names_to_judge(args, embedded=True)
+    assert names == ["grumpy cat", "pouting cat", "angry cat"]
+    assert len(others) == len(set(others)) == 236 and "pizza" in others
 
 
 def test_a_random_network_is_of_no_other_shape(tiny):
