@@ -23,13 +23,13 @@ a the same sentence with the anchor:
 eps stands for what the network is trained to predict. W: the layers that take the text, K and V of
 a UNet's cross-attention; where training changed these alone, Eq. 1 is the whole of what it changed.
 
-    python attack.py --before emoji/sd --after runs/doco-grumpy-cat \\
+    python attack.py concept --before emoji/sd --after runs/doco-grumpy-cat \\
         --target "Grumpy Cat" --anchor Cat
 
 Protocol, as in UnlearnDiffAtk: N prompts and seeds from which the original model generates the
 target; ASR, the attack success rate, is the share of them from which the attacked model generates
 it, unattacked or attacked. An attack that tries several times succeeds if any try does; so ASR
-stands beside that of as many tries without an attack, from other seeds. A judge decides: CLIP must
+stands beside that of as many tries without an attack, from other seeds. A classify decides: CLIP must
 prefer the target's name to all others.
 
 Controls: the original model, on which every attack should succeed; the same network with random
@@ -442,7 +442,7 @@ class LearnedWord:
         return hook
 
 
-class Judge:
+class Classifier:
     """Does an image show the target? CLIP must prefer one of the target's names to all others."""
 
     def __init__(self, clip, names, others):
@@ -461,7 +461,7 @@ class Judge:
 # ---- 3. the models and the cases ----------------------------------------------------------------
 
 
-def find_cases(original, judge, args):
+def find_cases(original, classify, args):
     """--num-images cases: sentences about the target, and seeds, that the original draws."""
     templates = ["{}", "a photo of {}", "a picture of {}", "an image of {}"]
     n, found, candidates = args.num_images, [], []
@@ -473,7 +473,7 @@ def find_cases(original, judge, args):
             candidates.append(Case(prompt, plain, seed))
     for first in range(0, len(candidates), 2 * n):
         part = candidates[first : first + 2 * n]
-        hits = judge(draw(original, part, "looking for prompts and seeds"))
+        hits = classify(draw(original, part, "looking for prompts and seeds"))
         for case, hit in zip(part, hits.tolist(), strict=True):
             found += [case] if hit else []
         if len(found) >= n:
@@ -511,8 +511,8 @@ def attack(args):
         fail(f"--before {args.before} is a DDPM, which takes no prompt; expected text-to-image")
     clip = args.clip or (str(REPO / "emoji/clip") if original.embedded else DEFAULT_CLIP)
     clip = Clip(clip, args.device)
-    judge = Judge(clip, *names_to_judge(args, original.embedded))
-    cases = find_cases(original, judge, args)
+    classify = Classifier(clip, *names_of_classes(args, original.embedded))
+    cases = find_cases(original, classify, args)
 
     subjects = ["original", "unlearned", "random"]
     subjects += ["retrained"] if args.retrained else []
@@ -533,8 +533,8 @@ def attack(args):
                 tries = ATTACKS[kind](original, subject, cases, args)
                 atomic_save(file, {"images": tries}, metadata={"key": key})
             images[name, kind] = tries
-            judged = judge(tries.flatten(0, 1))  # (tries N,)
-            hits[name, kind] = judged.view(len(tries), -1)  # (tries, N)
+            found = classify(tries.flatten(0, 1))  # (tries N,)
+            hits[name, kind] = found.view(len(tries), -1)  # (tries, N)
     report = write_report(args, clip, cases, hits)
     plot(args, report, images)
     print((args.out / "attack.md").read_text())
@@ -562,8 +562,8 @@ def other_prompts(args, embedded):
     return [row.prompt for row in rows if row.type in ("anchor", "related", "unrelated")]
 
 
-def names_to_judge(args, embedded):
-    """(the target's names, what the judge may decide for in their place).
+def names_of_classes(args, embedded):
+    """(the target's names, what the classifier may decide for in their place).
 
     For an embedded model its synonyms, and the names of all its other concepts; else the anchor,
     --unrelated, and texts for an image that shows nothing.
@@ -675,7 +675,9 @@ def plot(args, report, images):
 
 def parse_args(argv=None):
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    program = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    tasks = program.add_subparsers(dest="task", required=True)
+    parser = tasks.add_parser("concept", formatter_class=HelpFormatter)
     add = parser.add_argument_group("models").add_argument
     add("--before", required=True, help="original model: pipeline folder or hub id")
     text = "run folder or pipeline folder"
@@ -687,7 +689,8 @@ def parse_args(argv=None):
     add("--anchor", required=True, help="anchor concept")
     add("--unrelated", nargs="*", help="other concepts (emoji model: known)")
     add(
-        "--clip", help=f"of the judge (without it: emoji/clip for models in emoji/, {DEFAULT_CLIP})"
+        "--clip",
+        help=f"of the classifier (without it: emoji/clip for models in emoji/, {DEFAULT_CLIP})",
     )
     add = parser.add_argument_group("attacks").add_argument
     text = "which ones"
@@ -709,7 +712,7 @@ def parse_args(argv=None):
     add("--seed", type=int, default=0, help=text)
     add("--out", type=Path, help="folder of the report (without it: --after)")
     add("--cache", type=Path, help="folder that stores the controls' images, for the next run")
-    return parser.parse_args(argv)
+    return program.parse_args(argv)
 
 
 if __name__ == "__main__":

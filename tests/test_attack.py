@@ -23,7 +23,17 @@ CASES = [
 
 def arguments(model, *flags):
     """The flags, filled in as attack() does."""
-    argv = ["--before", model, "--after", model, "--target", "grumpy cat", "--anchor", "cat"]
+    argv = [
+        "concept",
+        "--before",
+        model,
+        "--after",
+        model,
+        "--target",
+        "grumpy cat",
+        "--anchor",
+        "cat",
+    ]
     args = attack.parse_args([str(value) for value in [*argv, *flags]])
     args.device = CPU
     return args
@@ -300,18 +310,18 @@ def test_the_judge_asks_for_the_target_alone():
         def __call__(self, images):
             return images
 
-    judge = attack.Judge(Clip(), ["target", "synonym"], ["b", "c"])
+    classify = attack.Classifier(Clip(), ["target", "synonym"], ["b", "c"])
     rows = [[1.0, 0, 0.9, 0.9], [0, 1.0, 0.9, 0], [1.0, 0, 1.1, 0], [0, 0, 0, 0.1]]
-    assert judge(torch.tensor(rows)).tolist() == [True, True, False, False]
+    assert classify(torch.tensor(rows)).tolist() == [True, True, False, False]
 
 
 def test_names_for_the_judge():
     """An embedded model's concepts but the target itself, by whatever name; else what is known."""
     args = arguments("emoji/sd", "--unrelated", "dog")
-    names, others = attack.names_to_judge(args, embedded=False)
+    names, others = attack.names_of_classes(args, embedded=False)
     assert names == ["grumpy cat"]
     assert others == ["cat", "dog", "random noise", "a blank image"]
-    names, others = attack.names_to_judge(args, embedded=True)
+    names, others = attack.names_of_classes(args, embedded=True)
     assert names == ["grumpy cat", "pouting cat", "angry cat"]
     assert len(others) == len(set(others)) == 236 and "pizza" in others
 
@@ -356,7 +366,7 @@ def test_uce_is_undone_by_inversion(tmp_path, monkeypatch):
     run = tmp_path / "run"
     flags = ["--target", "Grumpy Cat", "--anchor", "Cat", "--lamb", "0.1"]
     uce.unlearn(uce.parse_args([*flags, "--out", str(run)]))
-    argv = ["--before", "emoji/sd", "--after", run, *flags[:4], "--num-images", "4"]
+    argv = ["concept", "--before", "emoji/sd", "--after", run, *flags[:4], "--num-images", "4"]
     argv = [str(value) for value in [*argv, "--attacks", "inversion"]]
     models = attack.attack(attack.parse_args(argv))["models"]
     assert json.loads((run / "attack.json").read_text())["models"] == models

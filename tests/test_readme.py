@@ -26,6 +26,7 @@ METHODS = ("doco", "instance_unlearn")
 PROGRAMS = [
     *METHODS,
     "eval",
+    "attack",
     *(f"baselines.{file.stem}" for file in sorted((REPO / "baselines").glob("[!_]*.py"))),
     *(f"experiments.{name}" for name in ("reproduce", "bench", "theory")),
 ]
