@@ -29,8 +29,8 @@ a UNet's cross-attention; where training changed these alone, Eq. 1 is the whole
 Protocol, as in UnlearnDiffAtk: N prompts and seeds from which the original model generates the
 target; ASR, the attack success rate, is the share of them from which the attacked model generates
 it, unattacked or attacked. An attack that tries several times succeeds if any try does; so ASR
-stands beside that of as many tries without an attack, from other seeds. A classify decides: CLIP must
-prefer the target's name to all others.
+stands beside that of as many tries without an attack, from other seeds. A zero-shot classifier
+decides: CLIP must prefer the target's name to all others.
 
 Controls: the original model, on which every attack should succeed; the same network with random
 weights, on which none should (what succeeds there comes from the attack, not from the model); and,

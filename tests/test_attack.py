@@ -299,7 +299,7 @@ def test_a_success_is_one_of_the_tries_or_the_prompt_itself():
     assert attack.figures(hits, none, "relearning")["luck"] == 25
 
 
-def test_the_judge_asks_for_the_target_alone():
+def test_the_classifier_asks_for_the_target_alone():
     class Clip:
         """Images and texts with embeddings by hand."""
 
@@ -315,7 +315,7 @@ def test_the_judge_asks_for_the_target_alone():
     assert classify(torch.tensor(rows)).tolist() == [True, True, False, False]
 
 
-def test_names_for_the_judge():
+def test_names_of_classes():
     """An embedded model's concepts but the target itself, by whatever name; else what is known."""
     args = arguments("emoji/sd", "--unrelated", "dog")
     names, others = attack.names_of_classes(args, embedded=False)
