@@ -688,10 +688,8 @@ def parse_args(argv=None):
     add("--target", required=True, help="erased concept")
     add("--anchor", required=True, help="anchor concept")
     add("--unrelated", nargs="*", help="other concepts (emoji model: known)")
-    add(
-        "--clip",
-        help=f"of the classifier (without it: emoji/clip for models in emoji/, {DEFAULT_CLIP})",
-    )
+    text = f"of the classifier (without it: emoji/clip for models in emoji/, else {DEFAULT_CLIP})"
+    add("--clip", help=text)
     add = parser.add_argument_group("attacks").add_argument
     text = "which ones"
     add("--attacks", nargs="+", choices=ATTACKS, default=list(ATTACKS), help=text)
@@ -702,7 +700,7 @@ def parse_args(argv=None):
     text = "training steps of token"
     add("--token-steps", type=int, default=300, help=text)
     text = "learning rate of token"
-    add("--token-lr", type=float, default=2e-2, help=text)
+    add("--token-lr", type=float, default=8e-2, help=text)
     text = "training steps of relearning"
     add("--relearning-steps", type=int, default=200, help=text)
     text = "learning rate of relearning"
