@@ -509,6 +509,8 @@ def attack(args):
     original = Sampler(args.before, args.device, None, args.resolution)
     if original.ddpm:
         fail(f"--before {args.before} is a DDPM, which takes no prompt; expected text-to-image")
+    if args.relearning_lr is None:
+        args.relearning_lr = 1e-4 if original.small else 1e-5
     clip = args.clip or (str(REPO / "emoji/clip") if original.embedded else DEFAULT_CLIP)
     clip = Clip(clip, args.device)
     classify = Classifier(clip, *names_of_classes(args, original.embedded))
@@ -703,8 +705,8 @@ def parse_args(argv=None):
     add("--token-lr", type=float, default=8e-2, help=text)
     text = "training steps of relearning"
     add("--relearning-steps", type=int, default=200, help=text)
-    text = "learning rate of relearning"
-    add("--relearning-lr", type=float, default=1e-5, help=text)
+    text = "learning rate of relearning (without it: 1e-5; small models 1e-4)"
+    add("--relearning-lr", type=float, help=text)
     add = parser.add_argument_group("run").add_argument
     text = "of every random draw"
     add("--seed", type=int, default=0, help=text)

@@ -1,6 +1,7 @@
 """attack.py: each attack by hand or against a closed form, on tiny models; the whole program."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -263,6 +264,30 @@ def test_token_by_hand(tiny, monkeypatch):
     assert not tries[0].equal(plain)
     args.token_lr = 0.0
     assert attack.token(original, subject, CASES, args)[0].equal(plain)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "flow"])
+def test_denoising_loss_by_diffusers(kind):
+    """Of a network that predicts x_t: by the scheduler's own noise and velocity."""
+    scheduler = DDIMScheduler()
+    shift, alpha_bar = (3.0, None) if kind == "flow" else (None, scheduler.alphas_cumprod)
+    backbone = SimpleNamespace(prediction_type=kind, shift=shift, alpha_bar=alpha_bar)
+    backbone.predict = lambda xt, t, condition: xt
+    x0 = seeded(0, 2, 4, 8, 8)
+    loss = attack.denoising_loss(backbone, x0, {}, torch.Generator().manual_seed(7))
+    g = torch.Generator().manual_seed(7)
+    u = torch.rand(2, generator=g)
+    noise = torch.randn(x0.shape, generator=g)
+    if kind == "flow":
+        s = torch.distributions.Normal(0, 1).icdf(u).sigmoid()
+        s = (3 * s / (1 + 2 * s)).view(-1, 1, 1, 1)
+        xt, target = (1 - s) * x0 + s * noise, noise - x0
+    else:
+        t = (1000 * u).long()
+        xt, target = scheduler.add_noise(x0, noise, t), noise
+        if kind == "v_prediction":
+            target = scheduler.get_velocity(x0, noise, t)
+    torch.testing.assert_close(loss, F.mse_loss(xt, target), rtol=1e-4, atol=1e-5)
 
 
 def test_relearning_by_hand(tiny, monkeypatch):
