@@ -38,8 +38,8 @@ with --retrained, a model that was trained without the concept: what comes back 
 there to be forgotten.
 
 Papers: RECE (Gong et al. 2024), Ring-A-Bell (Tsai et al. 2024; here its direction, without its
-search for a prompt), completion (Pham et al. 2024), CCE, concept inversion (Pham et al. 2023),
-DiMRA (2025), UnlearnDiffAtk (Zhang et al. 2024).
+search for a prompt), completion ("When Are Concepts Erased From Diffusion Models?", 2025), CCE,
+concept inversion (Pham et al. 2023), DiMRA (arXiv 2512.03564), UnlearnDiffAtk (Zhang et al. 2024).
 
 Writes into --out: attack.json, attack.md, attack.png, attack-curve.png. The images of each model
 and attack are kept in OUT/attack, so that the same command goes on where it was interrupted; those

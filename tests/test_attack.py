@@ -153,6 +153,18 @@ def test_direction_by_hand(tiny, monkeypatch):
             torch.testing.assert_close(parts["prompt_embeds"], p + eta * (p - a))
 
 
+def test_a_lora_that_looks_at_the_prompt_sees_that_of_the_case(tiny):
+    """The embeddings are another's, and the strength that of the prompt which is attacked."""
+    subject, seen = sampler(tiny), []
+    known = subject.encode([case.plain for case in CASES])
+    subject.strength = strength = lambda prompt: seen.append(prompt) or 1.0
+    embeddings = [known[case.plain] for case in CASES]
+    images = attack.generate(subject, embeddings, CASES, "")
+    assert seen == [case.prompt for case in CASES] and subject.strength is strength
+    subject.strength = None
+    assert images.equal(subject.sample([case.plain for case in CASES], [3, 5], ""))
+
+
 def test_completion_by_hand(tiny, monkeypatch):
     """By diffusers' DDIM: the first k predictions are the original's, the others the subject's."""
     original, subject = sampler(tiny), sampler(tiny, change=0.5)
