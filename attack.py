@@ -73,7 +73,15 @@ from common import (
     pick_device,
     read_cache,
 )
-from eval import DEFAULT_CLIP, Sampler, chunk_size, concept_prompts, emoji_entry, to_uint8
+from eval import (
+    DEFAULT_CLIP,
+    Sampler,
+    chunk_size,
+    concept_prompts,
+    emoji_entry,
+    quiet_libraries,
+    to_uint8,
+)
 from metrics import Clip, display_path
 
 # A case: a prompt and a seed from which the original model generates the target. prompt names the
@@ -501,6 +509,7 @@ def load_subject(args, name):
 def attack(args):
     """Attacks each model in turn, and reports. Returns what is in attack.json."""
     check_flags(args)
+    quiet_libraries()
     args.out = args.out or args.after
     args.cache = args.cache or args.out / "attack"
     for folder in (args.out / "attack", args.cache):

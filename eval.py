@@ -1418,16 +1418,23 @@ def compare_counts(counts):
 TASKS = {"concept": concept, "instance": instance, "faces": faces, "nudity": nudity}
 
 
+def quiet_libraries():
+    """Without the libraries' warnings, and their progress bars of loading.
+
+    What our own checks cannot explain is an exception; the rest (a LoRA holds nothing for the text
+    encoder) would hide our own lines.
+    """
+    for library in (diffusers, transformers):
+        library.logging.set_verbosity_error()
+        library.logging.disable_progress_bar()
+
+
 def evaluate(args):
     """Runs the task and writes its report. Under torchrun, all processes sample, the first reports.
 
     args: of parse_args; out, rank and device are filled in.
     """
-    # What our own checks cannot explain is an exception; the libraries' warnings (a LoRA holds
-    # nothing for the text encoder) and their progress bars of loading would hide our own lines
-    for library in (diffusers, transformers):
-        library.logging.set_verbosity_error()
-        library.logging.disable_progress_bar()
+    quiet_libraries()
     args.rank, world = rank_and_world()
     args.out = args.out or args.after
     args.device = pick_device()
