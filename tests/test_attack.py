@@ -9,7 +9,10 @@ import torch.nn.functional as F
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
 import attack
 import common
@@ -217,19 +220,38 @@ def test_learned_word_stands_where_the_word_stood(tiny):
     assert rows.grad.eq(2).all() and table.weight.grad is None
 
 
-def recorded(monkeypatch, run):
-    """(what run() returns, [[gradient of each weight] of each optimizer step])."""
-    gradients = []
+def recorded(run):
+    """(what run() returns, [[(weight, gradient, weight after)] of each step of an optimizer])."""
+    steps = []
 
-    def note(optimizer, args, kwargs):
+    def before(optimizer, args, kwargs):
         weights = [p for group in optimizer.param_groups for p in group["params"]]
-        gradients.append([None if p.grad is None else p.grad.clone() for p in weights])
+        steps.append([[p.detach().clone(), p.grad.clone()] for p in weights])
 
-    handle = register_optimizer_step_pre_hook(note)
+    def after(optimizer, args, kwargs):
+        weights = [p for group in optimizer.param_groups for p in group["params"]]
+        for p, row in zip(weights, steps[-1], strict=True):
+            row.append(p.detach().clone())
+
+    hooks = [register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)]
     try:
-        return run(), gradients
+        return run(), steps
     finally:
-        handle.remove()
+        for hook in hooks:
+            hook.remove()
+
+
+def adam(p, g, lr, decay=0.0):
+    """A weight after the first step of AdamW: both averages are of one gradient."""
+    return (1 - lr * decay) * p - lr * g / (g.abs() + 1e-8)
+
+
+def latents(original, images):
+    """By the VAE itself."""
+    vae = original.pipe.vae
+    with torch.no_grad():
+        z = vae.encode(images / 127.5 - 1).latent_dist.mode()
+    return z * vae.config.scaling_factor
 
 
 def first_batch(n, original):
@@ -246,20 +268,20 @@ def noisy(original, x0, t, noise):
     return scheduler.add_noise(x0, noise, t)
 
 
-def test_token_by_hand(tiny, monkeypatch):
+def test_token_by_hand(tiny):
     """The first gradient of V is that of the anchor's row in the table, on noisy target images."""
     original, subject = sampler(tiny), sampler(tiny, change=0.5)
     weights = common.fingerprint(subject.net), common.fingerprint(subject.pipe.text_encoder)
     args = arguments(tiny, "--token-steps", "2", "--batch-size", "2", "--token-lr", "0.1")
     run = lambda: attack.token(original, subject, CASES, args)  # noqa: E731
-    tries, gradients = recorded(monkeypatch, run)
+    tries, steps = recorded(run)
     assert tries.shape == (1, 2, 3, 64, 64)
     assert weights == (
         common.fingerprint(subject.net),
         common.fingerprint(subject.pipe.text_encoder),
     )
     idx, t, noise = first_batch(2, original)
-    x0 = attack.encode(original, attack.draw(original, CASES, ""))[idx]
+    x0 = latents(original, original.sample([c.prompt for c in CASES], [3, 5], ""))[idx]
     encoder = subject.pipe.text_encoder.requires_grad_(True)
     how = {"padding": "max_length", "max_length": 77, "return_tensors": "pt"}
     texts = [CASES[i].plain for i in idx]
@@ -268,9 +290,11 @@ def test_token_by_hand(tiny, monkeypatch):
     F.mse_loss(prediction, noise).backward()
     (word,) = subject.pipe.tokenizer("cat", add_special_tokens=False).input_ids
     expected = encoder.get_input_embeddings().weight.grad[word]
-    (got,) = gradients[0]
+    ((row, got, after),) = steps[0]
+    torch.testing.assert_close(row[0], encoder.get_input_embeddings().weight[word].detach())
     torch.testing.assert_close(got[0], expected, rtol=1e-3, atol=1e-6)
-    assert len(gradients) == 2
+    torch.testing.assert_close(after, adam(row, got, 0.1, 0.01))
+    assert len(steps) == 2
     # The learned word is what the images come from: as long as it is the anchor's, they are, too
     plain = subject.sample([c.plain for c in CASES], [3, 5], "")
     assert not tries[0].equal(plain)
@@ -311,22 +335,33 @@ def test_relearning_by_hand(tiny, monkeypatch):
     flags = ["--relearning-steps", "4", "--batch-size", "2", "--relearning-lr", "0.01"]
     args = arguments(tiny, *flags)
     run = lambda: attack.relearning(original, subject, CASES, args)  # noqa: E731
-    tries, gradients = recorded(monkeypatch, run)
-    assert tries.shape == (4, 2, 3, 64, 64) and len(gradients) == 4
+    tries, steps = recorded(run)
+    assert tries.shape == (4, 2, 3, 64, 64) and len(steps) == 4
     assert not tries[0].equal(tries[3])
     assert common.fingerprint(subject.net) == saved
     idx, t, noise = first_batch(2, original)
     images = original.sample(others, [970_000, 970_001], "")
-    x0 = attack.encode(original, images)[idx]
+    x0 = latents(original, images)[idx]
     rows = torch.cat([subject.pipe.encode_prompt(others[i], CPU, 1, False)[0] for i in idx])
     subject.net.requires_grad_(True).zero_grad()
     prediction = subject.net(noisy(original, x0, t, noise), t, rows.detach()).sample
     F.mse_loss(prediction, noise).backward()
-    for got, p in zip(gradients[0], subject.net.parameters(), strict=True):
+    for (weight, got, after), p in zip(steps[0], subject.net.parameters(), strict=True):
+        assert weight.equal(p)
         torch.testing.assert_close(got, p.grad, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(after, adam(weight, got, 0.01), rtol=1e-4, atol=1e-5)
 
 
 # ---- 4. the protocol ----------------------------------------------------------------------------
+
+
+def test_without_an_attack_each_try_has_other_noise(tiny):
+    """The first has the case's own seed; there are as many as any attack has."""
+    subject = sampler(tiny)
+    tries = attack.no_attack(None, subject, CASES, arguments(tiny))
+    assert len(tries) == max(map(len, (attack.RIDGES, attack.ETAS, attack.SWITCHES))) == 3
+    assert tries[0].equal(subject.sample([case.prompt for case in CASES], [3, 5], ""))
+    assert len({common.fingerprint(x) for images in tries for x in images}) == 6
 
 
 def test_a_success_is_one_of_the_tries_or_the_prompt_itself():
