@@ -34,9 +34,6 @@ import torch.distributed as dist
 from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import distribute_tensor
 from tqdm import tqdm
 
 from gradsurgery import is_sharded, whole
@@ -196,6 +193,10 @@ def shard(net, processes):
     A block's weights are whole while it computes, and only then: as soon as the next block begins,
     or its backward pass is done, each process is left with its part.
     """
+    # Imported here, and below: it takes a second, and few need it
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
     mesh = init_device_mesh(processes.device.type, (processes.world,))
     blocks = [m for m in net.modules() if type(m).__name__ in (net._no_split_modules or ())]
     for module in [*reversed(blocks), net]:  # the inner ones first: each takes what is left
@@ -551,6 +552,8 @@ def shard_like(t, value):
     """The value, or this process's shard of it if t is cut into shards and has its shape."""
     if not is_sharded(t) or value.shape != t.shape:
         return value
+    from torch.distributed.tensor import distribute_tensor
+
     # src_data_rank=None: every process has read the whole, so that nothing needs to be sent
     where = (t.device_mesh, t.placements)
     return distribute_tensor(value.to(t.device), *where, src_data_rank=None)

