@@ -199,7 +199,7 @@ def case(name):
     return pytest.param(name, marks=marks)
 
 
-@pytest.mark.parametrize("name", map(case, CASES))
+@pytest.mark.parametrize("name", [case(name) for name in CASES])
 def test_weights_are_the_golden_ones(name, tmp_path, one_thread, monkeypatch):
     monkeypatch.chdir(REPO)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
