@@ -110,7 +110,7 @@ CASES = {
 }
 # What the slow tests run; every training step is also tested by hand, in files of its own
 IN_THE_SLOW_TESTS = ("doco", "doco-style", "doco-distill", "instance", "instance-distill")
-IN_THE_SLOW_TESTS += ("instance-sd3", "conabl", "uce", "duo", "siss")
+IN_THE_SLOW_TESTS += ("conabl", "uce", "duo", "siss")
 # name: flags of eval.py; the figures of its report, too, are golden
 EVALUATIONS = {
     "doco": "concept --before emoji/sd --target Grumpy_Cat --anchor Cat --unrelated dog pizza "

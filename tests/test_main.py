@@ -210,17 +210,6 @@ def test_a_baseline_runs_to_its_end(name, tiny, tiny_ddpm, photos, tmp_path, mon
 
 
 @pytest.mark.slow
-def test_a_table_is_made(folder, tmp_path):
-    """python -m experiments.reproduce: one row at reduced size."""
-    command = [sys.executable, "-m", "experiments.reproduce", "instance-table4", "--seeds", "1"]
-    size = ["--rows", "no projection", "--steps", "2", "--num-images", "2"]
-    out = ["--runs", tmp_path / "runs", "--out", tmp_path / "results"]
-    start_quietly([*command, *size, *out], folder)
-    text = (tmp_path / "results/instance-table4.md").read_text()
-    assert "| no projection |" in text and "--surgery none --seed 0" in text
-
-
-@pytest.mark.slow
 def test_the_benchmark_measures(tiny_ddpm, folder):
     """python -m experiments.bench, the memory of one way; tests/test_bench.py has the table."""
     flags = ["instance", "--model", tiny_ddpm, "--steps", "2", "--batch-size", "2"]
