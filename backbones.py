@@ -172,7 +172,7 @@ class Backbone:
     pipeline_class = None  # of diffusers
     net_name = "unet"  # the component that is trained
     trainable = TRAINABLE  # {name: regular expression on the names of weights}
-    train_method = "kv"  # of these, what is trained by default; "lora" adds a LoRA
+    train_method = "kv"  # of these, what doco.py trains by default; "lora" adds a LoRA
     lora_targets = None  # attention projections that a LoRA adapts; None: the network trains whole
     takes_prompt = True
     # What a condition consists of: {argument of the network: argument of the pipeline}
@@ -351,7 +351,7 @@ class Backbone:
         return self.sample_by(self.guided(condition, null_condition, guidance), x, timesteps)
 
     def sample_by(self, predict, x, timesteps):
-        """The same by any function (x_t, t (B,)) -> prediction."""
+        """sample() with any function (x_t, t (B,)) -> prediction in place of the network."""
         clip = not self.takes_prompt  # pixels
         return sample_deterministic(
             predict, x, timesteps, self.prediction_type, self.alpha_bar, clip

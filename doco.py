@@ -315,9 +315,7 @@ def optimizer_step(optimizer, params, g, g_r=None, lam=1.0, project=False):
     optimizer.zero_grad()
     if g_r is None:
         return None
-    # Minus the step, which has the sign of a gradient: before - flatten(params), (n,). In place: of
-    # all weights of a large model, a vector is gigabytes.
-    descent = flatten(params).neg_().add_(before)
+    descent = before - flatten(params)  # (n,), minus the step: it has the sign of a gradient
     projected, stats = lambda_projection(descent, g_r, lam)  # Eq. 10
     if project:
         for p, value in zip(params, unflatten(before - projected, params), strict=True):
@@ -821,7 +819,8 @@ def fill_defaults(args, backbone, processes):
     values outside their range.
     """
     args = argparse.Namespace(**vars(args))  # the caller's stays as it was typed
-    # Where the prompt enters the network differs between the families; so does what is trained.
+    # Where the prompt enters the network differs between the families, and so does what is trained:
+    # each Backbone names its own.
     args.train_method = args.train_method or backbone.train_method
     small = backbone.small
     preset = dict(SMALL if small else PAPER)

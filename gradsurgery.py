@@ -106,9 +106,7 @@ def _project(g_f, g_r, lam):
         "norm_r": norm_r,
         "conflict": (dot < 0).float(),
     }
-    component = coefficient * g_r  # (n,)
-    # g_f - component, in place: of all weights of a large model, a vector is gigabytes
-    return component.neg_().add_(g_f), stats
+    return g_f - coefficient * g_r, stats
 
 
 def lambda_projection(g_f, g_r, lam=1.0):

@@ -78,8 +78,8 @@ def parse_args(argv=None):
     parser = concept_parser(__file__, __doc__, PAPER, SMALL)
     add = parser.add_argument_group("method").add_argument
     add("--retain", choices=("none", "l2"), default="none", help="l2: add Eq. 3")
-    text = "the text's keys and values in the attention, the default for UNets; all of that "
-    text += "attention; or the whole network"
+    text = "the text's keys and values in the attention, the default for UNets; the layers that "
+    text += "take its embeddings; all of that attention; or the whole network"
     add_weight_flags(add, TRAINABLE, text, LORA_LR)
     return parser.parse_args(argv)
 

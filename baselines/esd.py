@@ -98,7 +98,8 @@ def parse_args(argv=None):
     add = parser.add_argument_group("method").add_argument
     add("--eta", type=float, default=1.0, help="of Eq. 2")
     text = "noxattn: their ESD-u, all but the cross-attention of a UNet; xattn: their ESD-x, it "
-    text += "alone (without it: noxattn for objects on large models, else xattn)"
+    text += "alone; kv, text, full as in doco.py (without it: noxattn for objects on large models, "
+    text += "else xattn)"
     add_weight_flags(add, (*TRAINABLE, "noxattn"), text, LORA_LR)
     return parser.parse_args(argv)
 

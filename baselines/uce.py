@@ -16,7 +16,8 @@ that sees the text encoder's vectors alone. Which are edited:
     UNets          K and V of the cross-attention. Of XL, k has the vectors of both text encoders
                    side by side. Its pooled embedding enters by add_embedding.linear_1, one vector
                    per prompt: of that layer, the columns that take it, for the others take the size
-                   of the image. The released code leaves them as they are, and the target, too.
+                   of the image. The released code leaves that layer as it is; with it, the target
+                   remained on emoji/sdxl.
     transformers   where the text enters: context_embedder, by the vectors of the tokens, and the
                    first layer of the pooled embedding, text_embedder.linear_1, by that embedding,
                    one vector per prompt. Not K and V: they see tokens that are mixed with the image
@@ -206,7 +207,7 @@ def unlearn(args):
     edited = {}
     for part in model.condition_names:
         vectors = vectors_of(model, conditions, part, pairs, preserved, args.last_word)
-        n = vectors[0].shape[1]
+        n = vectors[0].shape[1]  # of XL's pooled embedding, fewer than its layer has columns
         for name, weight in trainable_weights(model.net, LINEAR[model.net_name][part]).items():
             w = edit(weight.data[:, :n], *vectors, *scales).float()
             edited[name] = torch.cat([w, weight.data[:, n:]], 1)

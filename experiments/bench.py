@@ -5,8 +5,8 @@
     python -m experiments.bench doco --arch sd-v1-4 --batch-size 1 --steps 3
     python -m experiments.bench instance --arch ddpm-celebahq-256 --batch-size 1 --steps 3
     python -m experiments.bench instance --arch sd3-medium --batch-size 1 --steps 2
-    python -m experiments.bench doco --arch sdxl --batch-size 1 --steps 2 --only ours \\
-        --mixed-precision bf16 --gradient-checkpointing      # the peak memory of one way alone
+    python -m experiments.bench doco --arch sdxl --batch-size 1 --resolution 512 --steps 2 \\
+        --only ours --mixed-precision bf16 --gradient-checkpointing      # memory of one way alone
     python -m experiments.bench build --arch sd-v1-4 --out runs/sd-v1-4      # the folder alone
     python -m experiments.bench surgery --out docs/surgery.png      # the gradient surgery by length
 
@@ -360,10 +360,10 @@ def load(args, device):
     else:
         settings = instance_unlearn.parse_args(["--forget", "image.png"])
         instance_unlearn.trainable_weights(backbone, settings)
-    # In the scripts' order: what is trained by now keeps its precision. Then --train-method and the
-    # flags of memory mean here what they mean there.
+    # In the scripts' order: what is trained by now keeps its precision.
     backbone.to(device, args.mixed_precision or "no")
     backbone.pipe = None  # frees the VAE, as the scripts do: a step needs the network alone
+    # Activations are kept, or computed again in the backward pass.
     settings.gradient_checkpointing = args.gradient_checkpointing
     params = list(use_memory_flags(backbone.net, settings, processes).values())
     shape = backbone.latent_shape(resolution)

@@ -43,9 +43,9 @@ def arguments(model, *flags):
     return args
 
 
-def sampler(model, change=0.0):
+def sampler(model, change=0.0, resolution=None):
     """A Sampler that takes three steps; change: how far K and V are from the folder's."""
-    result = evaluation.Sampler(model, CPU)
+    result = evaluation.Sampler(model, CPU, resolution=resolution)
     result.steps = 3
     result.autocast = False  # bf16 would hide what is compared
     g = torch.Generator().manual_seed(1)
@@ -92,12 +92,12 @@ def test_matrix_is_what_the_layer_does():
 
 
 def test_matrix_has_the_lora(tiny):
-    subject = sampler(tiny)
+    attacked = sampler(tiny)
     name = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
-    before = attack.matrix(subject.net.get_submodule(name), 32)
+    before = attack.matrix(attacked.net.get_submodule(name), 32)
     config = LoraConfig(r=2, lora_alpha=2, init_lora_weights=False, target_modules=["to_k"])
-    subject.net.add_adapter(config)
-    layer = subject.net.get_submodule(name)
+    attacked.net.add_adapter(config)
+    layer = attacked.net.get_submodule(name)
     a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
     assert (b @ a).abs().max() > 1e-3
     torch.testing.assert_close(attack.matrix(layer, 32), before + b @ a)
@@ -125,19 +125,19 @@ def test_inversion_of_an_unchanged_model_changes_nothing(family, request, monkey
 
 def test_inversion_finds_the_prompt_behind_a_change_of_basis(tiny, monkeypatch):
     """K and V of the attacked model are W R: its images from c' are those of the original."""
-    original, subject = sampler(tiny), sampler(tiny)
+    original, attacked = sampler(tiny), sampler(tiny)
     r = torch.eye(32) + 0.3 * seeded(0, 32, 32)
-    for name, p in subject.net.named_parameters():
+    for name, p in attacked.net.named_parameters():
         if "attn2.to_k" in name or "attn2.to_v" in name:
             p.data = p.data @ r
     monkeypatch.setattr(attack, "RIDGES", (1e-8,))
     prompts, seeds = [c.prompt for c in CASES], [c.seed for c in CASES]
     # The empty prompt, too, sees other keys and values: no guidance
-    for s in (original, subject):
+    for s in (original, attacked):
         s.guidance = 1.0
     expected = original.sample(prompts, seeds, "")
-    unattacked = subject.sample(prompts, seeds, "")
-    (images,) = attack.inversion(original, subject, CASES, arguments(tiny))
+    unattacked = attacked.sample(prompts, seeds, "")
+    (images,) = attack.inversion(original, attacked, CASES, arguments(tiny))
     error = (images.float() - expected.float()).abs().max()
     assert error <= 2 < (unattacked.float() - expected.float()).abs().max()
 
@@ -147,32 +147,32 @@ def test_inversion_finds_the_prompt_behind_a_change_of_basis(tiny, monkeypatch):
 
 def test_direction_by_hand(tiny, monkeypatch):
     """T(p) + eta (T(p) - T(a)), a try for each eta."""
-    subject, found = sampler(tiny), []
+    attacked, found = sampler(tiny), []
     monkeypatch.setattr(attack, "generate", lambda s, e, *rest: found.append(e) or torch.zeros(1))
-    assert len(attack.direction(None, subject, CASES, arguments(tiny))) == len(attack.ETAS)
+    assert len(attack.direction(None, attacked, CASES, arguments(tiny))) == len(attack.ETAS)
     for eta, embeddings in zip(attack.ETAS, found, strict=True):
         for case, parts in zip(CASES, embeddings, strict=True):
-            p, a = (subject.pipe.encode_prompt(t, CPU, 1, False)[0] for t in case[:2])
+            p, a = (attacked.pipe.encode_prompt(t, CPU, 1, False)[0] for t in case[:2])
             torch.testing.assert_close(parts["prompt_embeds"], p + eta * (p - a))
 
 
 def test_a_lora_that_looks_at_the_prompt_sees_that_of_the_case(tiny):
     """The embeddings are another's, and the strength that of the prompt which is attacked."""
-    subject, seen = sampler(tiny), []
-    known = subject.encode([case.plain for case in CASES])
-    subject.strength = strength = lambda prompt: seen.append(prompt) or 1.0
-    embeddings = [known[case.plain] for case in CASES]
-    images = attack.generate(subject, embeddings, CASES, "")
-    assert seen == [case.prompt for case in CASES] and subject.strength is strength
-    subject.strength = None
-    assert images.equal(subject.sample([case.plain for case in CASES], [3, 5], ""))
+    attacked, seen = sampler(tiny), []
+    known = attacked.encode([case.anchor_prompt for case in CASES])
+    attacked.strength = strength = lambda prompt: seen.append(prompt) or 1.0
+    embeddings = [known[case.anchor_prompt] for case in CASES]
+    images = attack.generate(attacked, embeddings, CASES, "")
+    assert seen == [case.prompt for case in CASES] and attacked.strength is strength
+    attacked.strength = None
+    assert images.equal(attacked.sample([case.anchor_prompt for case in CASES], [3, 5], ""))
 
 
 def test_completion_by_hand(tiny, monkeypatch):
-    """By diffusers' DDIM: the first k predictions are the original's, the others the subject's."""
-    original, subject = sampler(tiny), sampler(tiny, change=0.5)
+    """By diffusers' DDIM: the first k predictions are the original's, the others the attacked's."""
+    original, attacked = sampler(tiny), sampler(tiny, change=0.5)
     monkeypatch.setattr(attack, "COMPLETION_STEPS", 4)
-    tries = attack.completion(original, subject, CASES, arguments(tiny))
+    tries = attack.completion(original, attacked, CASES, arguments(tiny))
     assert tries.shape == (3, 2, 3, 64, 64)
     for k, images in zip(attack.SWITCHES, tries, strict=True):
         for case, image in zip(CASES, images, strict=True):
@@ -183,7 +183,7 @@ def test_completion_by_hand(tiny, monkeypatch):
             x = seeded(case.seed, 4, 16, 16)[None]
             with torch.no_grad():
                 for j, t in enumerate(ddim.timesteps):
-                    net = (original if j < k else subject).net
+                    net = (original if j < k else attacked).net
                     e, e_null = net(x, t, rows).sample, net(x, t, null).sample
                     x = ddim.step(e_null + 6.0 * (e - e_null), t, x).prev_sample
                 z = x / original.pipe.vae.config.scaling_factor
@@ -254,8 +254,8 @@ def latents(original, images):
     return z * vae.config.scaling_factor
 
 
-def first_batch(n, original):
-    """(rows, timesteps, noise) of the first step of two images, in the order of its draws."""
+def first_batch(n):
+    """(rows, timesteps, noise) of the first step of two images, of n, as they are sampled."""
     g = torch.Generator().manual_seed(960_000)
     idx = torch.randint(n, (2,), generator=g).tolist()
     t = (1000 * torch.rand(2, generator=g)).long()
@@ -270,25 +270,25 @@ def noisy(original, x0, t, noise):
 
 def test_token_by_hand(tiny):
     """The first gradient of V is that of the anchor's row in the table, on noisy target images."""
-    original, subject = sampler(tiny), sampler(tiny, change=0.5)
-    weights = common.fingerprint(subject.net), common.fingerprint(subject.pipe.text_encoder)
+    original, attacked = sampler(tiny), sampler(tiny, change=0.5)
+    weights = common.fingerprint(attacked.net), common.fingerprint(attacked.pipe.text_encoder)
     args = arguments(tiny, "--token-steps", "2", "--batch-size", "2", "--token-lr", "0.1")
-    run = lambda: attack.token(original, subject, CASES, args)  # noqa: E731
+    run = lambda: attack.token(original, attacked, CASES, args)  # noqa: E731
     tries, steps = recorded(run)
     assert tries.shape == (1, 2, 3, 64, 64)
     assert weights == (
-        common.fingerprint(subject.net),
-        common.fingerprint(subject.pipe.text_encoder),
+        common.fingerprint(attacked.net),
+        common.fingerprint(attacked.pipe.text_encoder),
     )
-    idx, t, noise = first_batch(2, original)
+    idx, t, noise = first_batch(2)
     x0 = latents(original, original.sample([c.prompt for c in CASES], [3, 5], ""))[idx]
-    encoder = subject.pipe.text_encoder.requires_grad_(True)
+    encoder = attacked.pipe.text_encoder.requires_grad_(True)
     how = {"padding": "max_length", "max_length": 77, "return_tensors": "pt"}
-    texts = [CASES[i].plain for i in idx]
-    rows = encoder(subject.pipe.tokenizer(texts, **how).input_ids).last_hidden_state
-    prediction = subject.net(noisy(original, x0, t, noise), t, rows).sample
+    texts = [CASES[i].anchor_prompt for i in idx]
+    rows = encoder(attacked.pipe.tokenizer(texts, **how).input_ids).last_hidden_state
+    prediction = attacked.net(noisy(original, x0, t, noise), t, rows).sample
     F.mse_loss(prediction, noise).backward()
-    (word,) = subject.pipe.tokenizer("cat", add_special_tokens=False).input_ids
+    (word,) = attacked.pipe.tokenizer("cat", add_special_tokens=False).input_ids
     expected = encoder.get_input_embeddings().weight.grad[word]
     ((row, got, after),) = steps[0]
     torch.testing.assert_close(row[0], encoder.get_input_embeddings().weight[word].detach())
@@ -296,10 +296,10 @@ def test_token_by_hand(tiny):
     torch.testing.assert_close(after, adam(row, got, 0.1, 0.01))
     assert len(steps) == 2
     # The learned word is what the images come from: as long as it is the anchor's, they are, too
-    plain = subject.sample([c.plain for c in CASES], [3, 5], "")
+    plain = attacked.sample([c.anchor_prompt for c in CASES], [3, 5], "")
     assert not tries[0].equal(plain)
     args.token_lr = 0.0
-    assert attack.token(original, subject, CASES, args)[0].equal(plain)
+    assert attack.token(original, attacked, CASES, args)[0].equal(plain)
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "flow"])
@@ -328,25 +328,25 @@ def test_denoising_loss_by_diffusers(kind):
 
 def test_relearning_by_hand(tiny, monkeypatch):
     """The first gradient is that of the usual loss on other images; the weights come back."""
-    original, subject = sampler(tiny), sampler(tiny, change=0.5)
-    saved = common.fingerprint(subject.net)
+    original, attacked = sampler(tiny), sampler(tiny, change=0.5)
+    saved = common.fingerprint(attacked.net)
     others = ["a cat", "dog"]
     monkeypatch.setattr(attack, "other_prompts", lambda args, embedded: others)
     flags = ["--relearning-steps", "4", "--batch-size", "2", "--relearning-lr", "0.01"]
     args = arguments(tiny, *flags)
-    run = lambda: attack.relearning(original, subject, CASES, args)  # noqa: E731
+    run = lambda: attack.relearning(original, attacked, CASES, args)  # noqa: E731
     tries, steps = recorded(run)
     assert tries.shape == (4, 2, 3, 64, 64) and len(steps) == 4
     assert not tries[0].equal(tries[3])
-    assert common.fingerprint(subject.net) == saved
-    idx, t, noise = first_batch(2, original)
+    assert common.fingerprint(attacked.net) == saved
+    idx, t, noise = first_batch(2)
     images = original.sample(others, [970_000, 970_001], "")
     x0 = latents(original, images)[idx]
-    rows = torch.cat([subject.pipe.encode_prompt(others[i], CPU, 1, False)[0] for i in idx])
-    subject.net.requires_grad_(True).zero_grad()
-    prediction = subject.net(noisy(original, x0, t, noise), t, rows.detach()).sample
+    rows = torch.cat([attacked.pipe.encode_prompt(others[i], CPU, 1, False)[0] for i in idx])
+    attacked.net.requires_grad_(True).zero_grad()
+    prediction = attacked.net(noisy(original, x0, t, noise), t, rows.detach()).sample
     F.mse_loss(prediction, noise).backward()
-    for (weight, got, after), p in zip(steps[0], subject.net.parameters(), strict=True):
+    for (weight, got, after), p in zip(steps[0], attacked.net.parameters(), strict=True):
         assert weight.equal(p)
         torch.testing.assert_close(got, p.grad, rtol=1e-3, atol=1e-5)
         torch.testing.assert_close(after, adam(weight, got, 0.01), rtol=1e-4, atol=1e-5)
@@ -357,10 +357,10 @@ def test_relearning_by_hand(tiny, monkeypatch):
 
 def test_without_an_attack_each_try_has_other_noise(tiny):
     """The first has the case's own seed; there are as many as any attack has."""
-    subject = sampler(tiny)
-    tries = attack.no_attack(None, subject, CASES, arguments(tiny))
+    attacked = sampler(tiny)
+    tries = attack.no_attack(None, attacked, CASES, arguments(tiny))
     assert len(tries) == max(map(len, (attack.RIDGES, attack.ETAS, attack.SWITCHES))) == 3
-    assert tries[0].equal(subject.sample([case.prompt for case in CASES], [3, 5], ""))
+    assert tries[0].equal(attacked.sample([case.prompt for case in CASES], [3, 5], ""))
     assert len({common.fingerprint(x) for images in tries for x in images}) == 6
 
 
@@ -369,9 +369,9 @@ def test_a_success_is_one_of_the_tries_or_the_prompt_itself():
     hits = torch.tensor([[0, 0, 1, 0], [0, 1, 0, 0], [0, 0, 0, 0]]).bool()
     assert attack.success(hits, none, "inversion") == 75
     assert attack.success(hits, none, "relearning") == 25
-    expected = {"ASR": 75.0, "luck": 50.0, "by_try": [25.0, 25.0, 0.0]}
+    expected = {"ASR": 75.0, "no_attack": 50.0, "by_try": [25.0, 25.0, 0.0]}
     assert attack.figures(hits, none, "inversion") == expected
-    assert attack.figures(hits, none, "relearning")["luck"] == 25
+    assert attack.figures(hits, none, "relearning")["no_attack"] == 25
 
 
 def test_the_classifier_asks_for_the_target_alone():
@@ -403,7 +403,7 @@ def test_names_of_classes():
 
 def test_a_random_network_is_of_no_other_shape(tiny):
     args = arguments(tiny, "--seed", "1")  # the folder's own weights are of seed 0
-    original, random = (attack.load_subject(args, name) for name in ("original", "random"))
+    original, random = (attack.load_model(args, name) for name in ("original", "random"))
     pairs = list(zip(original.net.parameters(), random.net.parameters(), strict=True))
     assert all(p.shape == q.shape for p, q in pairs)
     assert not any(p.equal(q) for p, q in pairs if p.dim() > 1)
@@ -427,9 +427,9 @@ def test_a_ddpm_takes_no_prompt(tiny_ddpm, tmp_path):
         attack.attack(arguments(tiny_ddpm, "--out", tmp_path))
 
 
-def test_a_model_that_draws_nothing_has_nothing_to_forget(tiny, tmp_path):
+def test_a_model_must_generate_the_target_before(tiny, tmp_path):
     flags = ["--clip", common.REPO / "emoji/clip", "--num-images", "1", "--out", tmp_path]
-    with pytest.raises(SystemExit, match="there is little to forget"):
+    with pytest.raises(SystemExit, match="generates it from 0 of 4 prompts and seeds; expected at"):
         attack.attack(arguments(tiny, *flags))
 
 
@@ -455,6 +455,45 @@ def test_uce_is_undone_by_inversion(tmp_path, monkeypatch):
     assert attack.attack(args)["models"] == models
 
 
+@pytest.mark.parametrize("family", ["tiny_sdxl", "tiny_sd3", "tiny_flux"])
+def test_every_attack_runs_on_every_family(family, request, monkeypatch):
+    """On an unchanged model: images of the right shape, and completion is plain sampling."""
+    model = request.getfixturevalue(family)
+    original, attacked = sampler(model, resolution=16), sampler(model, resolution=16)
+    monkeypatch.setattr(attack, "other_prompts", lambda args, embedded: ["a cat", "dog"])
+    monkeypatch.setattr(attack, "COMPLETION_STEPS", 4)
+    flags = ["--token-steps", "2", "--relearning-steps", "4", "--relearning-lr", "1e-3"]
+    args = arguments(model, "--batch-size", "2", *flags)
+    for kind, run in attack.ATTACKS.items():
+        tries = run(original, attacked, CASES, args)
+        assert tries.shape[1:] == (2, 3, original.size, original.size), kind
+        assert tries.dtype == torch.uint8 and len(tries) == {"token": 1}.get(kind, len(tries))
+    backbone, known = original.backbone, original.encode([case.prompt for case in CASES])
+    condition = attack.conditions(original, [known[case.prompt] for case in CASES])
+    null = attack.conditions(original, [known[""]] * 2)
+    shape = backbone.latent_shape(original.size)
+    x = torch.stack([seeded(case.seed, *shape) for case in CASES])
+    times = backbone.timesteps(attack.COMPLETION_STEPS)
+    z = backbone.sample(x, times, condition, null, original.guidance)
+    expected = evaluation.to_uint8(backbone.decode(z).clamp(-1, 1))
+    for images in attack.completion(original, attacked, CASES, args):
+        assert (images.int() - expected.int()).abs().max() <= 1
+
+
+def test_a_retrained_model_that_is_not_there_is_one_line(tiny, tmp_path):
+    args = arguments(tiny, "--retrained", tmp_path)
+    with pytest.raises(SystemExit, match=f"--retrained {tmp_path}: no model_index.json there"):
+        attack.load_model(args, "retrained")
+
+
+def test_another_text_encoder_is_another_model(tiny):
+    """Images of the one are not taken for the other's."""
+    one, other = sampler(tiny), sampler(tiny)
+    assert attack.weights_of(one) == attack.weights_of(other)
+    next(other.pipe.text_encoder.parameters()).data += 1
+    assert attack.weights_of(one) != attack.weights_of(other)
+
+
 def test_a_run_folder_is_what_is_attacked(tiny, tmp_path):
     """The weights of --after, and not those of --before."""
     original = evaluation.Sampler(tiny, CPU)
@@ -462,5 +501,5 @@ def test_a_run_folder_is_what_is_attacked(tiny, tmp_path):
     name = next(n for n in state if "attn2.to_k" in n)
     save_file({name: state[name] + 1}, tmp_path / "delta.safetensors")
     args = arguments(tiny, "--after", tmp_path)
-    subject = attack.load_subject(args, "unlearned")
-    assert load_file(tmp_path / "delta.safetensors")[name].equal(subject.net.state_dict()[name])
+    attacked = attack.load_model(args, "unlearned")
+    assert load_file(tmp_path / "delta.safetensors")[name].equal(attacked.net.state_dict()[name])

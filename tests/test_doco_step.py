@@ -923,8 +923,8 @@ OPTIMIZER_MUTANTS = {
     "the gradient is left": ("not measured", "    optimizer.zero_grad()\n", ""),
     "the step has the wrong sign": (
         "projected",
-        "flatten(params).neg_().add_(before)",
-        "flatten(params).sub_(before)",
+        "descent = before - flatten(params)",
+        "descent = flatten(params) - before",
     ),
     "the step is not projected": (
         "projected",
