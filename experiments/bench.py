@@ -633,6 +633,8 @@ def measure_memory(args, device):
     Without what Python and the libraries hold; with the weights, gradients, optimizer states and
     activations. Building the model needs more than a step, so the measurement starts after it.
     """
+    # From here on: --arch has just built the whole model in this process, in fp32.
+    reset_peak_memory(device)
     base = 0 if device.type == "cuda" else resident()
     bench = load(args, device)
     second = args.only == "naive" and args.what == "doco"

@@ -115,6 +115,15 @@ def test_the_flags_of_the_training_reach_the_network(tiny_sdxl):
         bench.make_step(way, other, other.backbone)()
 
 
+def test_what_was_freed_before_is_no_memory_of_a_step(tiny):
+    """Such as the model that --arch has built: the peak of the process was higher then."""
+    flags = ["doco", "--model", str(tiny), "--batch-size", "1", "--steps", "2"]
+    args = bench.parse_args([*flags, "--only", "passes"])
+    freed = torch.ones(2 * 10**8)  # 800 MB
+    del freed
+    assert 0 < bench.measure_memory(args, CPU) < 4 * 10**8
+
+
 def test_lora_of_stable_diffusion_3(tiny_sd3):
     """Flow matching and two conditions: a step of ours runs there too."""
     args = bench.parse_args(["instance", "--model", str(tiny_sd3), "--batch-size", "2"])
